@@ -151,6 +151,23 @@ def families_choice() -> str:
     return compose(scope, format_table(*rows), *_format_environments(content["results"]))
 
 
+def families_building() -> str:
+    """Return time and memory of building each kind, and the share of the time of the features."""
+    content = read_results("retrieval_building")
+    rows: list[Row] = [("model", "rows × dimensions", "threads", "features", "index", "build", "share", "memory")]
+    for result in content["results"]:
+        size = f"{result['rows']:,} × {result['dim']:,}"
+        features, build = (f"{result[name]:,.0f} s" for name in ("features_seconds", "seconds"))
+        share = f"{result['seconds'] / result['features_seconds']:.1%}"
+        memory = f"{result['peak_mb'] / 1e3:.1f} GB"
+        rows.append((result["family"], size, str(result["threads"]), features, result["kind"], build, share, memory))
+    scope = (
+        "building each kind from stored features in a process of its own, with as many threads as the features were "
+        "computed with. Share: of the time of the features. Memory: the largest private memory of the process."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
 def _list_sufficient(result: dict[str, Any]) -> list[str]:
     """Return the kinds of the library that reach a recall of 0.95 in both directions."""
     kinds = ["flat"]
@@ -256,4 +273,12 @@ def true_recall() -> str:
     return compose(scope, format_table(*rows), format_environment(content))
 
 
-TABLES = (families, families_methods, families_candidates, families_growth, families_choice, true_recall)
+TABLES = (
+    families,
+    families_methods,
+    families_candidates,
+    families_growth,
+    families_choice,
+    families_building,
+    true_recall,
+)

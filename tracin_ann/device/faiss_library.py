@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +21,14 @@ if TYPE_CHECKING:
     import torch
 
 _FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
+_OPENBLAS_CORE = "OPENBLAS_CORETYPE"
+_CORES = {
+    ("GenuineIntel", "AVX512"): "SKYLAKEX",
+    ("GenuineIntel", "AVX2"): "HASWELL",
+    ("AuthenticAMD", "AVX512"): "ZEN",
+    ("AuthenticAMD", "AVX2"): "ZEN",
+}
+"""By vendor and vector instructions: the name of the processor for OpenBLAS."""
 
 
 @functools.cache
@@ -38,13 +50,50 @@ def import_faiss() -> ModuleType:
             )
         )
     try:
-        import faiss  # noqa: PLC0415 - optional package, imported only here
+        with _name_processor():
+            import faiss  # noqa: PLC0415 - optional package, imported only here
     except ImportError as error:
         raise _missing_faiss() from error
     if not hasattr(faiss, "IndexFlatIP"):
         raise _missing_faiss()
     _use_one_thread_after_fork(faiss)
     return faiss
+
+
+@contextmanager
+def _name_processor() -> Iterator[None]:
+    """Name a known processor for the OpenBLAS that FAISS's package contains, unless the user names one.
+
+    It is of 2021, and multiplies matrices on processors that it does not know, such as Intel's since 2023, by
+    instructions of 2004, at a quarter of the speed. The name is that of the kernels of a known processor with the same
+    instructions, which OpenBLAS chooses for those that it knows.
+    """
+    name = _CORES.get((_read_vendor(), _read_instructions()))
+    if name is None or _OPENBLAS_CORE in os.environ:
+        yield
+        return
+    os.environ[_OPENBLAS_CORE] = name
+    try:
+        yield
+    finally:
+        # Not for other copies of OpenBLAS, such as SciPy's, which know more processors.
+        del os.environ[_OPENBLAS_CORE]
+
+
+def _read_vendor() -> str:
+    """Return the vendor of the processor; "" if Linux does not tell it."""
+    try:
+        found = re.search(r"^vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+def _read_instructions() -> str:
+    """Return the vector instructions that PyTorch uses, such as AVX512."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 @functools.cache
