@@ -196,10 +196,11 @@ def _list_errors(results: Results) -> Iterator[float]:
 
 
 def _choose_sizes(results: Results) -> Iterator[dict[str, Any]]:
-    """Yield the largest size with other libraries, and the largest size if it is another one."""
+    """Yield the largest sizes with other libraries, with true scores, and of all, each once."""
     with_rivals = [result for result in results if any(figures["is_rival"] for figures in result["methods"])]
-    yield from with_rivals[-1:]
-    yield from (result for result in results[-1:] if result not in with_rivals[-1:])
+    with_true = [result for result in results if None not in result["exact"].values()]
+    chosen = {result["rows"] for part in (with_rivals, with_true, results) for result in part[-1:]}
+    yield from (result for result in results if result["rows"] in chosen)
 
 
 def _format_methods(result: dict[str, Any]) -> Iterator[Row]:
