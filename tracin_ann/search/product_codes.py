@@ -16,6 +16,7 @@ Shapes: N rows, B rows of a block, Q queries, M candidates, R reduced dimension,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,8 +46,9 @@ _ROWS_AT_ONCE = 4096
 _LISTS = 16
 _LISTS_PER_OCTAVE = 3
 """Factors in a list differ by at most the third root of two; the last list has the small ones."""
-_OVERSAMPLING = 2
-"""Each list is searched for this many times the wanted candidates."""
+_OVERSAMPLING, _MORE = 1.5, 128
+"""Each list is searched for this many times the wanted candidates, and a few more, because the best rows by their codes
+are not the best by codes and factors."""
 _FEW_QUERIES = 16
 """Each thread searches other lists for up to this many queries, so that it reads their codes once; or other queries."""
 _FEW_ROWS = 2**14
@@ -299,11 +301,12 @@ class ProductCodes:
             return np.zeros((len(padded), 0), np.int64), np.zeros((len(padded), 0), np.float32)
         selector, lists = make_selector(allowed, len(self)), self._order_lists()
 
+        k = math.ceil(_OVERSAMPLING * n_candidates) + _MORE
+
         def search_list(number: int) -> tuple[Int64, Float32]:
-            return self._search_list(number, padded, _OVERSAMPLING * n_candidates, selector)
+            return self._search_list(number, padded, k, selector)
 
         def search_all(some: slice) -> tuple[Int64, Float32]:
-            k = _OVERSAMPLING * n_candidates
             found = [self._search_list(number, padded[some], k, selector) for number in lists]
             return _select_from_lists(found, n_candidates)
 
@@ -312,7 +315,7 @@ class ProductCodes:
                 return _select_from_lists(list(open_threads().map(search_list, lists)), n_candidates)
             with one_openmp_thread():
                 return search_all(slice(None))
-        step = max(1, _RESULTS_AT_ONCE // (len(lists) * _OVERSAMPLING * n_candidates))
+        step = max(1, _RESULTS_AT_ONCE // (len(lists) * k))
         parts = list(open_threads().map(search_all, [slice(at, at + step) for at in range(0, len(padded), step)]))
         return np.concatenate([ids for ids, _ in parts]), np.concatenate([scores for _, scores in parts])
 
