@@ -109,7 +109,7 @@ def test_more_shards_than_rows_are_empty(tmp_path: Path) -> None:
     few = Rows(noise(3, 6))
     index = CodedScan.build(few, make_params(5), CPU)
     index.save(tmp_path)
-    (found,) = CodedScan.load(tmp_path, few, CPU)._parts.codes.scan(index._reduce(noise(1, 7))[0], 10)
+    (found,), _ = CodedScan.load(tmp_path, few, CPU)._parts.codes.scan(index._reduce(noise(1, 7))[0], 10)
     assert sorted(found.tolist()) == [0, 1, 2]
     assert index.find_faults(3, seed=0) == []
 
