@@ -1,8 +1,8 @@
 """A run of the Hugging Face Trainer: a small BERT on film reviews (SST-2), from its run folder to queries in 3 lines.
 
 `python examples/trainer_run.py --data DIR` takes a minute; DIR holds sst2_train.tsv and sst2_dev.tsv, or the train.tsv
-and dev.tsv of the GLUE download (`sentence<TAB>label` per line). Needs the extra `transformers` and accelerate. To
-query the index afterwards: `tracin-query runs/trainer/4000-rows/index --ids 0-4`.
+and dev.tsv of the GLUE download (`sentence<TAB>label` per line). Needs the extras `transformers` and `examples`, and
+accelerate. To query the index afterwards: `tracin-query runs/trainer/4000-rows/index --ids 0-4`.
 """
 
 from __future__ import annotations
