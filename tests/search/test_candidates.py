@@ -52,17 +52,17 @@ def _amount(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("scale", [2.0**-110, 1.0, 2.0**100])
-@pytest.mark.parametrize("n_queries", [1, 9])
-def test_scores_of_stored_rows(tmp_path: Path, dtype: str, cosine: bool, scale: float, n_queries: int) -> None:
+def test_scores_of_stored_rows(tmp_path: Path, dtype: str, cosine: bool, scale: float) -> None:
     rows = heavy_tailed(N, 6) * np.float32(scale)
     rows[5] = 0
     view = write_store(tmp_path, rows, dtype).view(cosine=cosine)
-    queries = np.random.default_rng(7).standard_normal((n_queries, DIM)).astype(np.float32)
-    ids_QM = draw_ids(n_queries, 40, 8)
-    expected, reach = expect(view, queries, ids_QM)
-    scores = score_candidates(view, queries, ids_QM)
-    assert scores.dtype == np.float32 and scores.shape == ids_QM.shape
-    assert (np.abs(scores - expected) <= 2.0**-18 * reach + 2.0**-145).all()
+    for n_queries in (1, 9):
+        queries = np.random.default_rng(7).standard_normal((n_queries, DIM)).astype(np.float32)
+        ids_QM = draw_ids(n_queries, 40, 8)
+        expected, reach = expect(view, queries, ids_QM)
+        scores = score_candidates(view, queries, ids_QM)
+        assert scores.dtype == np.float32 and scores.shape == ids_QM.shape
+        assert (np.abs(scores - expected) <= 2.0**-18 * reach + 2.0**-145).all()
 
 
 @pytest.mark.usefixtures("_amount")
