@@ -18,18 +18,18 @@ import torch
 from tracin_ann.search.stored_parts import (
     PartBuffer,
     PartQueries,
-    count_columns,
+    SplitQueries,
     is_half,
     measure_factors,
-    scale_queries,
     split_rows,
 )
 from tracin_ann.search.threads import one_openmp_thread, open_threads
 from tracin_ann.types import CodedPart, Float32, Float64, Int64, RowSource, StoredCandidates, StoredPart
 
-_ROWS_AT_ONCE = 2048
+_ROWS_AT_ONCE, _NUMBERS_AT_ONCE = 2048, 2**23
+"""The most rows, and numbers, that a thread reads at a time."""
 _NUMBERS_OF_ONE_THREAD = 2**20
-"""Up to this many numbers are read by the calling thread: starting others would take longer."""
+"""Up to this many numbers are read by the calling thread: waking others would take longer."""
 
 
 def score_candidates(source: RowSource, queries_QF: Float32, ids_QM: Int64) -> Float32:
@@ -55,8 +55,8 @@ def score_candidates(source: RowSource, queries_QF: Float32, ids_QM: Int64) -> F
         with one_openmp_thread():
             write(slice(0, n_rows), _wrap(source.take(pairs.id_U)))
     else:
-        blocks = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, n_rows, _ROWS_AT_ONCE)]
-        for _ in open_threads().map(read, blocks):
+        step = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // source.dim))
+        for _ in open_threads().map(read, [slice(at, at + step) for at in range(0, n_rows, step)]):
             pass
     return score_P.reshape(ids_QM.shape)
 
@@ -97,17 +97,12 @@ class _Multiplier:
 
     def __init__(self, queries_QF: Float32) -> None:
         """Store the queries."""
-        self._queries_QF, self._buffer = torch.from_numpy(np.ascontiguousarray(queries_QF)), PartBuffer()
-        self._scaled: dict[int, PartQueries] = {}
+        self._queries, self._buffer = SplitQueries(torch.from_numpy(np.ascontiguousarray(queries_QF))), PartBuffer()
 
     def __call__(self, parts: Sequence[StoredPart | CodedPart], place_P: Int64, query_P: Int64) -> Float64:
         """Return the inner products [P] of rows, whose columns are in the parts, and queries at these places."""
-        score_P, start = np.zeros(len(place_P)), 0
-        for part in parts:
-            stop = start + count_columns(part)
-            if start not in self._scaled:
-                self._scaled[start] = scale_queries(self._queries_QF[:, start:stop])
-            queries, start = self._scaled[start], stop
+        score_P = np.zeros(len(place_P))
+        for part, queries in self._queries.match(parts):
             product_P = self._multiply_part(part, queries, place_P, query_P)
             score_P += product_P if queries.power_Q1 is None else product_P * queries.power_Q1[:, 0].numpy()[query_P]
         return score_P

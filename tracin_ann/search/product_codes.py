@@ -52,7 +52,7 @@ are not the best by codes and factors."""
 _FEW_QUERIES = 16
 """Each thread searches other lists for up to this many queries, so that it reads their codes once; or other queries."""
 _FEW_ROWS = 2**14
-"""The calling thread searches the lists of up to this many rows: others would take longer to start."""
+"""The calling thread searches the lists of up to this many rows: waking others would take longer."""
 _BLOCK = 32
 _RESULTS_AT_ONCE = 2**20
 _TOLERANCE = 1e-3

@@ -8,7 +8,7 @@ Shapes: Q queries, B rows of a block, D columns of a part.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -85,7 +85,7 @@ class PartBuffer(threading.local):
         return product_P
 
 
-def count_columns(part: StoredPart | CodedPart) -> int:
+def _count_columns(part: StoredPart | CodedPart) -> int:
     """Return D, the number of columns of a part."""
     return part.stored_BD.shape[1] if isinstance(part, StoredPart) else part.dim
 
@@ -111,7 +111,7 @@ def split_rows(part: StoredPart | CodedPart, rows: slice, n_queries: int) -> Ite
         n_queries: Q.
     """
     n_rows, n_queries = len(part.exponent_B[rows]), min(n_queries, QUERIES_AT_ONCE)
-    step = max(1, min(_BUFFER_NUMBERS // max(1, count_columns(part)), _SERIAL_NUMBERS // max(1, n_queries)))
+    step = max(1, min(_BUFFER_NUMBERS // max(1, _count_columns(part)), _SERIAL_NUMBERS // max(1, n_queries)))
     for at in range(0, n_rows, step):
         stop = min(at + step, n_rows)
         yield slice(at, stop), slice(rows.start + at, rows.start + stop)
@@ -130,7 +130,26 @@ class PartQueries:
         return [HalfScanner(query_D) for query_D in self.query_QD.numpy()]
 
 
-def scale_queries(query_QD: Tensor) -> PartQueries:
+class SplitQueries:
+    """Queries [Q, F], whose columns are those of parts, one after the other; several threads can use it."""
+
+    def __init__(self, queries_QF: Tensor) -> None:
+        """Store the float32 queries."""
+        self._queries_QF = queries_QF
+        self._scaled: dict[int, PartQueries] = {}
+
+    def match(self, parts: Sequence[StoredPart | CodedPart]) -> Iterator[tuple[StoredPart | CodedPart, PartQueries]]:
+        """Yield each part with the queries' columns of it."""
+        start = 0
+        for part in parts:
+            stop = start + _count_columns(part)
+            if start not in self._scaled:
+                self._scaled[start] = _scale_queries(self._queries_QF[:, start:stop])
+            yield part, self._scaled[start]
+            start = stop
+
+
+def _scale_queries(query_QD: Tensor) -> PartQueries:
     """Return the columns, scaled by powers of two to norms below 1 if the norm of one is extreme.
 
     The inner product of such a query and a stored row, which has numbers up to 2^15, can leave the range of float32

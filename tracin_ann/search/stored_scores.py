@@ -26,10 +26,9 @@ from tracin_ann.search.stored_parts import (
     QUERIES_AT_ONCE,
     PartBuffer,
     PartQueries,
-    count_columns,
+    SplitQueries,
     is_half,
     measure_factors,
-    scale_queries,
     split_rows,
 )
 from tracin_ann.search.threads import open_threads, use_one_thread
@@ -52,8 +51,7 @@ class StoredScorer:
 
     def __init__(self, queries_QF: Tensor, n_threads: int | None = None) -> None:
         """Store the float32 queries [Q, F], on the CPU, and start threads; without `n_threads`, use the shared ones."""
-        self._queries_QF = queries_QF
-        self._scaled: dict[int, PartQueries] = {}
+        self._queries = SplitQueries(queries_QF)
         self._buffer = PartBuffer()
         self._is_scan = len(queries_QF) <= _SCANNED_QUERIES
         self._n_threads = n_threads or torch.get_num_threads()
@@ -105,13 +103,8 @@ class StoredScorer:
 
     def _score(self, parts: Sequence[StoredPart | CodedPart], rows: slice, out_QB: Tensor) -> None:
         """Write the inner products of the queries and some rows of the parts."""
-        start = 0
-        for part in parts:
-            stop = start + count_columns(part)
-            if start not in self._scaled:
-                self._scaled[start] = scale_queries(self._queries_QF[:, start:stop])
-            queries, is_first = self._scaled[start], start == 0
-            start = stop
+        for number, (part, queries) in enumerate(self._queries.match(parts)):
+            is_first = number == 0
             if self._is_scan and is_half(part):
                 _scan_part(part, rows, queries, out_QB, is_first=is_first)
             else:

@@ -73,8 +73,8 @@ _COLUMN_CHECKSUM: np.dtype[Any] = np.dtype("<u8")
 _NOT_IN_NAMES = frozenset("/\\\0")
 _LONGEST_NAME = 100
 _LONGEST_ATTRIBUTE = 1000
-_MOST_ROWS_PER_CHECK = 8
-"""The checksum of a block takes less time than those of an eighth of its rows."""
+_DENSE_SHARE = 1 / 8
+"""The checksum of a block takes less time than those of this share of its rows."""
 _ROW_INFO = np.dtype([("checksum", "<u8"), ("exponent", "<i2")])
 
 
@@ -341,7 +341,7 @@ class FeatureFile:
         size = self.header.block_rows
         block_K = position_K // size
         count = np.bincount(block_K[~self.verified_blocks[block_K]])
-        for block in np.flatnonzero(count * _MOST_ROWS_PER_CHECK >= size).tolist():
+        for block in np.flatnonzero(count >= _DENSE_SHARE * size).tolist():
             rows = self.stored_ND[block * size : (block + 1) * size]
             self.verified_blocks[block] = checksum(rows) == self.block_checksum[block]
         return ~self.verified_blocks[block_K]
