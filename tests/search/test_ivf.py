@@ -19,8 +19,9 @@ from tracin_ann.search import calibration as calibration_module
 from tracin_ann.search.calibration import Calibration, Cost, calibrate, compute_recalls, recall_lower_bound
 from tracin_ann.search.clustering import survey
 from tracin_ann.search.coarse_quantizer import train_assigner
+from tracin_ann.search.construction import scale_rows
 from tracin_ann.search.query_distribution import Comparison, QueryDistribution
-from tracin_ann.search.reduction import fit_reduction
+from tracin_ann.search.reduction import fit_axes, fit_reduction
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.topk import negate
 from tracin_ann.types import Float32, Int64, TopK
@@ -371,6 +372,29 @@ def test_the_randomised_reduction_retains_as_much_as_the_exact_one() -> None:
     basis = found.basis_FR
     assert basis is not None
     np.testing.assert_allclose(basis.T @ basis, np.eye(40), atol=1e-4)
+
+
+@pytest.mark.parametrize(("dim", "width"), [(60, 100), (300, 40), (2100, 40)])
+def test_the_squares_along_the_axes_are_those_of_the_sample(dim: int, width: int) -> None:
+    # Rows of low rank: rounding can make an eigenvalue negative.
+    rows = (normal(300, 16, 30) @ normal(30, 17, dim) * 1e3).astype(np.float32)
+    axes = fit_axes(rows, width, 0)
+    wide = rows.astype(np.float64)
+    total = np.square(wide).sum()
+    expected = np.square(wide @ axes.axis_FR).sum(axis=0)
+    assert len(axes.square_R) == min(dim, width)
+    np.testing.assert_allclose(axes.square_R, expected, atol=1e-5 * total)
+    assert (axes.square_R >= 0).all()
+    assert axes.total == pytest.approx(total, rel=1e-5)
+    assert axes.reduce(10).energy == pytest.approx(expected[:10].sum() / total, rel=1e-4)
+    assert axes.reduce(min(dim, width)).energy == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-140, -126, -3, 0, 12, 126, 140])
+def test_rows_are_scaled_by_any_power_of_two(shift: int) -> None:
+    rows = np.array([[1.5, -3.25, 0.0, 2.0**-20]], np.float32) * np.float32(2.0 ** (-shift / 2))
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(scale_rows(rows, shift), np.ldexp(rows, shift))
 
 
 def test_two_builds_give_the_same_results(source: Rows) -> None:

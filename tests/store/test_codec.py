@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,3 +68,14 @@ def test_every_finite_float16_decodes_as_numpy_does() -> None:
     out_ND = np.empty(half.shape, dtype=np.float32)
     decode_rows(half, np.zeros(1, dtype=np.int16), out_ND, "float16")
     assert np.array_equal(out_ND.view(np.uint32), half.astype(np.float32).view(np.uint32))
+
+
+def test_rows_in_a_read_only_map_are_decoded_like_rows_in_memory(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((3, 50)).astype(np.float16))
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    exponent = np.array([-3, 0, 20], np.int16)
+    found, expected = np.empty((2, *mapped.shape), np.float32)
+    decode_rows(mapped, exponent, found, "float16")
+    decode_rows(np.array(mapped), exponent, expected, "float16")
+    assert np.array_equal(found, expected)
+    assert np.array_equal(found, np.ldexp(mapped.astype(np.float32), exponent[:, None].astype(np.int32)))

@@ -21,7 +21,7 @@ from tracin_ann.files.hdf5 import (
     write_hdf5,
 )
 from tracin_ann.files.json_records import read_json, read_record, write_json_atomic
-from tracin_ann.files.mapping import map_file
+from tracin_ann.files.mapping import map_file, share_memory
 from tracin_ann.files.opening import (
     NotRegularFileError,
     open_descriptor,
@@ -60,6 +60,7 @@ __all__ = [
     "report_damage",
     "require_regular",
     "save_array",
+    "share_memory",
     "sync_directory",
     "write_hdf5",
     "write_json_atomic",

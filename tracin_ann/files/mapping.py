@@ -64,3 +64,17 @@ def map_file(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtyp
     # Of a writable buffer, NumPy could make a writable array; writing to the map would kill the process.
     readonly = memoryview(content).cast("B").toreadonly()
     return np.frombuffer(readonly, dtype, count, before).reshape(shape)
+
+
+class _SharedMemory:
+    """The memory of an array, for NumPy's array interface without the flag that marks it as read-only."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self.array = array
+        interface = array.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+def share_memory(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array of the same memory for libraries that accept writable arrays only; they must not write to it."""
+    return array if array.flags.writeable else np.asarray(_SharedMemory(array))

@@ -42,7 +42,7 @@ from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.construction import scale_rows
 from tracin_ann.search.faiss_file import REMEDY, WrittenFile
 from tracin_ann.search.flat import FlatIndex, Sign, Subset
-from tracin_ann.search.reduction import Reduction, fit_reduction, normalize, pack_reduction, unpack_reduction
+from tracin_ann.search.reduction import Reduction, fit_axes, fit_reduction, normalize, pack_reduction, unpack_reduction
 from tracin_ann.search.settings import Setting
 from tracin_ann.search.threads import use_one_thread
 from tracin_ann.search.topk import concatenate, negate
@@ -366,14 +366,11 @@ class BoundedScan(CalibratedIndex):
 
 def _fit(sample_BF: Float32, params: BoundedScanParams) -> Reduction:
     """Return the reduction of `params.width` dimensions, or of the smallest width that preserves `_ENERGY`."""
-    reduction = fit_reduction(sample_BF, params.width or _WIDTHS[-1], params.seed)
-    if params.width is not None or reduction.basis_FR is None:
-        return reduction
-    total = float(np.square(sample_BF, dtype=np.float64).sum())
-    reduced_BR = reduction.apply(sample_BF)
-    energy_R = np.square(reduced_BR, dtype=np.float64).sum(axis=0).cumsum() / (total or 1.0)
-    width = next((width for width in _WIDTHS if energy_R[width - 1] >= _ENERGY), _WIDTHS[-1])
-    return Reduction(reduction.dim, np.ascontiguousarray(reduction.basis_FR[:, :width]), float(energy_R[width - 1]))
+    if params.width is not None or sample_BF.shape[1] <= _WIDTHS[-1]:
+        return fit_reduction(sample_BF, params.width or _WIDTHS[-1], params.seed)
+    axes = fit_axes(sample_BF, _WIDTHS[-1], params.seed)
+    square_R = axes.square_R.cumsum()
+    return axes.reduce(next((width for width in _WIDTHS if square_R[width - 1] >= _ENERGY * axes.total), _WIDTHS[-1]))
 
 
 def _widen_basis(reduction: Reduction) -> Float64:

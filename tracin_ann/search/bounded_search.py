@@ -23,9 +23,9 @@ from torch import Tensor
 
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError, problem
+from tracin_ann.files import share_memory
 from tracin_ann.search.bounds import ReducedQueries, ReducedRows, bound_product_error, round_down, round_up
 from tracin_ann.search.flat import FlatIndex, Sign, check_finite
-from tracin_ann.search.half_scanner import share_memory
 from tracin_ann.search.stored_scores import StoredScorer
 from tracin_ann.types import Float32, Float64, Int64, TopK
 

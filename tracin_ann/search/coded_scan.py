@@ -28,14 +28,8 @@ from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.code_shards import CodeFile, CodeScanner, CodeShards, list_code_files
 from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, WrittenFile
-from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCoder, select_candidates
-from tracin_ann.search.reduction import (
-    Reduction,
-    fit_reduction,
-    multiply_rows,
-    pack_reduction,
-    unpack_reduction,
-)
+from tracin_ann.search.product_codes import CODE_BITS, TRAIN_ROWS, Layout, ProductCoder, select_candidates
+from tracin_ann.search.reduction import Reduction, fit_axes, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import Caption, Direction, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Int64, RowSource
@@ -167,12 +161,11 @@ class CodedScan(RescoredIndex):
         sample_BF = scale_rows(source.take(sample_ids), measured.shift)
         if not len(sample_BF):
             sample_BF = np.zeros((1, source.dim), np.float32)
-        reduction = fit_reduction(sample_BF, params.count_dims(source.dim), params.seed, rotate=True)
-        sample_BR = reduction.apply(sample_BF)
-        del sample_BF
-        layout = Layout.allocate(np.square(sample_BR, dtype=np.float64).mean(axis=0), params.n_codes)
-        reduction, sample_BR = _rotate(reduction, sample_BR, layout.make_rotation(params.seed))
-        coder = ProductCoder.train(sample_BR, layout, params.seed)
+        axes = fit_axes(sample_BF, params.count_dims(source.dim), params.seed)
+        layout = Layout.allocate(axes.square_R, params.n_codes)
+        reduction = axes.reduce(layout.width, layout.make_rotation(params.seed))
+        coder = ProductCoder.train(reduction.apply(sample_BF[:: -(-len(sample_BF) // TRAIN_ROWS)]), layout, params.seed)
+        del sample_BF, axes
         coders = [coder, *(coder.make_empty_copy() for _ in range(1, params.shards))]
         first_id_S = _split_ids(measured.ids_N[measured.listed_N], params.shards)
         start = 0
@@ -341,15 +334,3 @@ def _unpack_shards(arrays: Mapping[str, npt.NDArray[Any]], n_shards: int) -> tup
     if (np.diff(first_id_S) < 0).any() or rows_S.sum() != len(factor_N):
         raise ValueError("shards that are not those of the rows")
     return np.split(factor_N, rows_S.cumsum()[:-1]), first_id_S
-
-
-def _rotate(reduction: Reduction, sample_BR: Float32, rotation_WW: Float32) -> tuple[Reduction, Float32]:
-    """Return the reduction to the first W dimensions, rotated, and the sample: rows reduced by it instead."""
-    width = len(rotation_WW)
-    square_R = np.square(sample_BR, dtype=np.float64).sum(axis=0)
-    total = float(square_R.sum())
-    energy = reduction.energy * float(square_R[:width].sum()) / total if total else 1.0
-    if reduction.basis_FR is None:
-        raise ValueError("a reduction without a basis")
-    basis_FW = multiply_rows(reduction.basis_FR[:, :width], rotation_WW)
-    return Reduction(reduction.dim, basis_FW, energy), multiply_rows(sample_BR[:, :width], rotation_WW)

@@ -43,6 +43,8 @@ _TRAIN_ROWS_PER_LIST = 16
 SAMPLE_NUMBERS = 2**26
 _BLOCK_ROWS = 65_536
 _BLOCK_NUMBERS = 2**25
+_LARGEST_SHIFT = 126
+"""Up to this exponent, a power of two and its reciprocal are normal float32 numbers."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,11 @@ def count_block_rows(source: RowSource) -> int:
 
 def scale_rows(rows_BF: Float32, shift: int) -> Float32:
     """Return rows × 2^shift."""
-    scaled_BF: Float32 = np.ldexp(rows_BF, shift)
-    return scaled_BF
+    if abs(shift) > _LARGEST_SHIFT:
+        far_BF: Float32 = np.ldexp(rows_BF, shift)
+        return far_BF
+    # A product takes a tenth of the time.
+    return rows_BF * np.float32(2.0**shift)
 
 
 def digest_inputs(params: IVFParams, *parts: object) -> str:

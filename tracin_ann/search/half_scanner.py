@@ -87,17 +87,3 @@ class _Pool:
 def _make_pool(dim: int, measure: Measure) -> _Pool:
     """Return the pool of scanners of rows of D numbers."""
     return _Pool(dim, measure)
-
-
-class _SharedMemory:
-    """The memory of an array, for NumPy's array interface without the flag that marks it as read-only."""
-
-    def __init__(self, array: npt.NDArray[Any]) -> None:
-        self.array = array
-        interface = array.__array_interface__
-        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
-
-
-def share_memory(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return an array of the same memory for libraries that accept writable arrays only; they must not write to it."""
-    return array if array.flags.writeable else np.asarray(_SharedMemory(array))

@@ -17,7 +17,7 @@ Shapes: N rows, B rows of a block, Q queries, M candidates, R reduced dimension,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,8 @@ _LEVELS = (8, 4, 2, 1)
 """Numbers of coordinates that share a code, in increasing order of precision."""
 _LOSS = (1.0, 0.601, 0.343, 0.109, 0.0124)
 """Share of the variance that is lost without a code, and at each level (k-means of normal coordinates)."""
-_TRAIN_ROWS = 8192
+TRAIN_ROWS = 8192
+"""As many rows are enough to train the centroids."""
 _ITERATIONS = 8
 _ROWS_AT_ONCE = 4096
 _LISTS = 16
@@ -108,12 +109,12 @@ class Layout:
         """Return the number of coordinates of the largest code: FAISS needs codes of equal size."""
         return int(self.size_C[-1])
 
-    @cached_property
-    def _place_R(self) -> Int64:
-        """Return the place of each coordinate in a padded row."""
-        starts_R = np.repeat(self.size_C.cumsum() - self.size_C, self.size_C)
-        codes_R = np.repeat(np.arange(len(self.size_C)), self.size_C)
-        return codes_R * self.slots + np.arange(self.width) - starts_R
+    def _list_levels(self) -> Iterator[tuple[int, slice, slice]]:
+        """Yield each size of a code, with the codes of this size and their coordinates."""
+        coordinate = code = 0
+        for size, count in zip(*(each.tolist() for each in np.unique_counts(self.size_C)), strict=True):
+            yield size, slice(code, code + count), slice(coordinate, coordinate + size * count)
+            code, coordinate = code + count, coordinate + size * count
 
     def make_rotation(self, seed: int) -> Float32:
         """Return a random orthogonal matrix [R, R] that mixes the coordinates that codes of equal size encode.
@@ -121,18 +122,18 @@ class Layout:
         Single coordinates of a row can be much larger than usual, beyond all centroids; sums of many cannot.
         """
         random = np.random.Generator(np.random.Philox(seed))
-        rotation_RR, start = np.zeros((self.width, self.width), np.float32), 0
-        for level in np.unique(self.size_C).tolist():
-            stop = start + level * int((self.size_C == level).sum())
-            rotation_RR[start:stop, start:stop] = np.linalg.qr(random.standard_normal((stop - start, stop - start)))[0]
-            start = stop
+        rotation_RR = np.zeros((self.width, self.width), np.float32)
+        for _, _, own in self._list_levels():
+            n_own = own.stop - own.start
+            rotation_RR[own, own] = np.linalg.qr(random.standard_normal((n_own, n_own)))[0]
         return rotation_RR
 
     def pad(self, rows_BR: Float32) -> Float32:
         """Return the rows with the coordinates of each code side by side, and zeros: float32 [B, C · slots]."""
-        padded = np.zeros((len(rows_BR), len(self.size_C) * self.slots), np.float32)
-        padded[:, self._place_R] = rows_BR
-        return padded
+        padded_BCS = np.zeros((len(rows_BR), len(self.size_C), self.slots), np.float32)
+        for size, codes, own in self._list_levels():
+            padded_BCS[:, codes, :size] = rows_BR[:, own].reshape(len(rows_BR), -1, size)
+        return padded_BCS.reshape(len(rows_BR), -1)
 
 
 class ProductCoder:
@@ -152,8 +153,7 @@ class ProductCoder:
     def train(cls, sample_BR: Float32, layout: Layout, seed: int) -> ProductCoder:
         """Return a coder without rows, for rows like those of the sample."""
         faiss = import_faiss()
-        step = -(-len(sample_BR) // _TRAIN_ROWS)
-        padded = layout.pad(normalize(sample_BR[::step])[0])
+        padded = layout.pad(normalize(sample_BR)[0])
         # FAISS needs as many rows as centroids.
         padded = np.resize(padded, (max(len(padded), _CENTROIDS), padded.shape[1]))
         quantizer = faiss.ProductQuantizer(padded.shape[1], len(layout.size_C), CODE_BITS)

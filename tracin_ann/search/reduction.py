@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from tracin_ann.search.flat import as_tensor
 from tracin_ann.search.threads import open_threads
@@ -122,36 +121,54 @@ def _multiply_row(row_F: npt.NDArray[_Float], matrix_FR: npt.NDArray[_Float]) ->
     return first_R + second_R
 
 
-def fit_reduction(sample_BF: Float32, width: int, seed: int, *, rotate: bool = False) -> Reduction:
-    """Return the reduction to at most `width` dimensions that preserves most of the squared norms of the sample.
-
-    With `rotate`, the dimensions are in decreasing order of their share of the squared norms also if F ≤ `width`;
-    otherwise, the reduction is the identity then.
-    """
+def fit_reduction(sample_BF: Float32, width: int, seed: int) -> Reduction:
+    """Return the reduction to at most `width` dimensions that preserves most of the squared norms of the sample."""
     dim = sample_BF.shape[1]
-    if dim <= width and not rotate:
-        return Reduction(dim, None, 1.0)
-    rows = as_tensor(sample_BF)
-    vectors_FR = _leading_vectors(rows, min(dim, width), seed)
-    total = float(rows.square().sum())
-    energy = float((rows @ vectors_FR).square().sum()) / total if total else 1.0
-    return Reduction(dim, vectors_FR.contiguous().numpy(), min(1.0, energy))
+    return Reduction(dim, None, 1.0) if dim <= width else fit_axes(sample_BF, width, seed).reduce(width)
 
 
-def _leading_vectors(rows: Tensor, width: int, seed: int) -> Tensor:
-    """Return the leading right singular vectors of the rows, [F, width]."""
-    dim = rows.shape[1]
+@dataclass(frozen=True)
+class PrincipalAxes:
+    """The leading right singular vectors of a sample of rows, without centering.
+
+    Attributes:
+        axis_FR: float32 orthonormal columns.
+        square_R: float64 sum of squares of the sample along each axis, decreasing.
+        total: squared Frobenius norm of the sample.
+    """
+
+    axis_FR: Float32
+    square_R: Float64
+    total: float
+
+    def reduce(self, width: int, rotation_WW: Float32 | None = None) -> Reduction:
+        """Return the reduction to the first `width` axes, which is rotated if a matrix is given."""
+        basis_FW = np.ascontiguousarray(self.axis_FR[:, :width])
+        if rotation_WW is not None:
+            basis_FW = multiply_rows(basis_FW, rotation_WW)
+        energy = min(1.0, float(self.square_R[:width].sum()) / self.total) if self.total else 1.0
+        return Reduction(len(basis_FW), basis_FW, energy)
+
+
+def fit_axes(sample_BF: Float32, width: int, seed: int) -> PrincipalAxes:
+    """Return the axes of the largest squares of the sample: `width` ones, or all if F is smaller."""
+    rows, dim = as_tensor(sample_BF), sample_BF.shape[1]
+    width = min(dim, width)
     if dim <= max(_SMALL_DIM, _SMALL_RATIO * width):
         moment = rows.T @ rows
         try:
-            vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+            square_F, axis_FF = torch.linalg.eigh(moment)
         except RuntimeError:
             # In float32 the solver may not converge for rows of low rank.
-            vectors = torch.linalg.eigh(moment.double()).eigenvectors.to(rows.dtype)
-        return vectors[:, -width:].flip(1)
-    random = torch.Generator().manual_seed(seed)
-    basis = torch.randn(dim, min(dim, width + _OVERSAMPLING), generator=random, dtype=rows.dtype)
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
-    rotation: Tensor = torch.linalg.svd(rows @ basis, full_matrices=False).Vh
-    return basis @ rotation[:width].T
+            square_F, axis_FF = torch.linalg.eigh(moment.double())
+        axis_FR, square_R = axis_FF[:, -width:].flip(1), square_F[-width:].flip(0).clamp(min=0)
+        total = float(moment.diagonal().sum(dtype=torch.float64))
+    else:
+        random = torch.Generator().manual_seed(seed)
+        basis = torch.randn(dim, min(dim, width + _OVERSAMPLING), generator=random, dtype=rows.dtype)
+        for _ in range(_ITERATIONS):
+            basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
+        _, singular, rotation = torch.linalg.svd(rows @ basis, full_matrices=False)
+        axis_FR, square_R = basis @ rotation[:width].T, singular[:width].double().square()
+        total = float(np.einsum("bf,bf->", sample_BF, sample_BF, dtype=np.float64))
+    return PrincipalAxes(axis_FR.to(rows.dtype).contiguous().numpy(), square_R.double().numpy(), total)

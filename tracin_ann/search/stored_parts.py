@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from tracin_ann.device import import_faiss
-from tracin_ann.search.half_scanner import HalfScanner, measure_squares, share_memory
+from tracin_ann.files import share_memory
+from tracin_ann.search.half_scanner import HalfScanner, measure_squares
 from tracin_ann.types import CodedPart, Float32, Int64, StoredPart
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ Codes (`tracin_ann.store.codes`) are computed from rows that are scaled by the s
 
 A float16 row is scaled by a power of two so that its largest |x| lies in [2^14, 2^15). The stored x̂ satisfies
 x = x̂ · 2^exponent with |x − x̂·2^exponent| ≤ 2^-11 · max|x|, for rows of any magnitude. NumPy 2.4 converts float16 to
-float32 one number at a time. Rows in memory are converted by PyTorch, which is 7 times as fast. Rows in a read-only
-map, which PyTorch does not accept, and rows with extreme exponents are converted by shifting the bits of whole arrays,
-in groups of rows that fit into the cache, which is 2 to 3 times as fast.
+float32 one number at a time; PyTorch is 7 times as fast. Rows with extreme exponents are converted by shifting the bits
+of whole arrays, in groups of rows that fit into the cache, which is 2 to 3 times as fast.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from tracin_ann.choices import Dtype
+from tracin_ann.files import share_memory
 from tracin_ann.store.codes import BITS, decode_codes, encode_codes, measure_code_bytes, read_factors, split_rows
 from tracin_ann.types import Float32
 
@@ -89,7 +89,7 @@ def decode_rows(stored_ND: Stored, exponent_N: Int16, out_ND: Float32, dtype: Dt
         for part in split_rows(*out_ND.shape):
             _scale_rows(out_ND[part], exponent_wide_N[part])
         return
-    if stored_ND.dtype == np.float16 and stored_ND.flags.writeable and _are_normal(exponent_wide_N):
+    if stored_ND.dtype == np.float16 and _are_normal(exponent_wide_N):
         _multiply_rows(stored_ND, np.ldexp(np.float32(1), exponent_wide_N), out_ND)
         if unit:
             for part in split_rows(*stored_ND.shape):
@@ -117,7 +117,11 @@ def _are_normal(exponent_N: npt.NDArray[np.int32]) -> bool:
 
 def _multiply_rows(stored_ND: Stored, factor_N: Float32, out_ND: Float32) -> None:
     """Write float16 rows times float32 factors; PyTorch converts and multiplies in one pass, which NumPy does not."""
-    stored, factor, out = torch.from_numpy(stored_ND), torch.from_numpy(factor_N)[:, None], torch.from_numpy(out_ND)
+    stored, factor, out = (
+        torch.from_numpy(share_memory(stored_ND)),
+        torch.from_numpy(factor_N)[:, None],
+        torch.from_numpy(out_ND),
+    )
     step = max(1, _NUMBERS_OF_ONE_THREAD // max(1, stored_ND.shape[1]))
     for start in range(0, len(stored), step):
         rows = slice(start, start + step)
