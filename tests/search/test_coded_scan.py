@@ -13,10 +13,11 @@ import torch
 from test_search_contract import Rows, normal, oracle
 
 from tracin_ann.errors import UsageError
-from tracin_ann.search import FlatIndex, product_codes, search_both
+from tracin_ann.search import FlatIndex, product_scan, search_both
 from tracin_ann.search.calibration import calibrate
 from tracin_ann.search.coded_scan import CodedScan, CodedScanParams
 from tracin_ann.search.product_codes import Layout, ProductCoder
+from tracin_ann.search.product_scan import scan_codes
 from tracin_ann.search.settings import Setting
 from tracin_ann.types import Float32, TopK
 
@@ -127,7 +128,7 @@ def test_candidates_are_the_rows_of_the_best_estimates() -> None:
     coder.add(rows[:700], ids[:700])
     coder.add(rows[700:], ids[700:])
     codes, factor = coder.encode(rows)
-    found, _ = coder.finish().scan(queries, 50)
+    found, _ = scan_codes(coder.finish(), queries, 50)
     estimate = coder.layout.pad(queries).astype(np.float64) @ coder.decode(codes).T * factor
     expected = ids[np.argsort(-estimate, axis=1)[:, :50]]
     # FAISS rounds the tables to 8 bits.
@@ -268,9 +269,9 @@ def test_one_scan_gives_the_results_of_both_directions(
     queries = noise(n_queries, 31)
     both = index.with_settings(Setting(60), Setting(250))
     apart = (both.search(queries, 10, allowed), index.with_settings(Setting(250)).search(-queries, 10, allowed))
-    for n_rows, n_results in ((product_codes._FEW_ROWS, product_codes._RESULTS_AT_ONCE), (0, 3000)):
-        monkeypatch.setattr(product_codes, "_FEW_ROWS", n_rows)
-        monkeypatch.setattr(product_codes, "_RESULTS_AT_ONCE", n_results)
+    for n_rows, n_results in ((product_scan._FEW_ROWS, product_scan._RESULTS_AT_ONCE), (0, 3000)):
+        monkeypatch.setattr(product_scan, "_FEW_ROWS", n_rows)
+        monkeypatch.setattr(product_scan, "_RESULTS_AT_ONCE", n_results)
         for found, expected, sign in zip(both.search_both(queries, 10, allowed), apart, (1, -1), strict=True):
             assert [row.tolist() for row in found.ids] == [row.tolist() for row in expected.ids]
             assert [(sign * row).tolist() for row in found.scores] == [row.tolist() for row in expected.scores]

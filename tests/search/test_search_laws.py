@@ -69,6 +69,19 @@ def test_results_contain_no_padding(scores: Float32, k: int, data: st.DataObject
     assert make_hits(top) == rank(ids[~padding], scores[:, ~padding], k)
 
 
+@given(st.data(), st.integers(0, 40), st.booleans())
+def test_padded_candidates_are_sorted_by_score_then_id(data: st.DataObject, k: int, large: bool) -> None:
+    """Also numbers whose bits do not increase with them, and ids of more than 32 bits."""
+    special = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, 3e38, -3e38, np.inf, -np.inf])
+    scores = data.draw(hnp.arrays(np.float32, st.tuples(st.integers(0, 3), st.integers(0, 20)), elements=special))
+    ids = np.stack([np.random.default_rng(row).permutation(scores.shape[1]) for row in range(len(scores))] or [[]])
+    ids = (ids[: len(scores)].astype(np.int64) + (2**32 - 7 if large else 2**31 - 7)).reshape(scores.shape)
+    ids[data.draw(hnp.arrays(bool, scores.shape))] = -1
+    top = from_padded(ids, scores, k, np.zeros(len(scores), np.int64))
+    for found, own_ids, own_scores in zip(make_hits(top), ids, scores, strict=True):
+        assert found == rank(own_ids[own_ids >= 0], own_scores[None, own_ids >= 0], k)[0]
+
+
 @settings(max_examples=25)
 @given(
     hnp.arrays(np.float32, st.tuples(st.integers(1, 60), st.just(5)), elements=small),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import h5py
 import numpy as np
@@ -21,10 +22,12 @@ from blocks import CODES, DIM, DTYPES, make_block, make_header
 from paths import ROOT, SUPPORT
 from tracin_ann.errors import DamagedIndexError, NonFiniteError
 from tracin_ann.files import file_digest
-from tracin_ann.store import Dtype, FeatureBlock, FeatureFile, FileRecord, feature_file
+from tracin_ann.store import Dtype, FeatureBlock, FeatureFile, FileRecord
 from tracin_ann.store.codec import decode_rows, encode_rows
-from tracin_ann.store.feature_file import FileHeader, take_grouped_rows, write_feature_file
-from tracin_ann.store.feature_file import take_rows as take_rows_of_files
+from tracin_ann.store.feature_file import write_feature_file
+from tracin_ann.store.stored_rows import FileHeader
+from tracin_ann.store.taking import take_grouped_rows
+from tracin_ann.store.taking import take_rows as take_rows_of_files
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,18 +137,17 @@ def test_another_version_is_rejected(tmp_path: Path, version: int) -> None:
 
 
 def test_a_file_that_cannot_be_mapped_is_not_reported_as_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     block = make_block(0, 9)
     path, header = tmp_path / "a.h5", make_header(block)
     write_feature_file(path, block, header=header)
 
-    def refused(*given: object) -> None:
+    def refuse(*given: object) -> NoReturn:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(feature_file, "map_file", refused)
     with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)) as found:
-        FeatureFile.open(path, header)
+        FeatureFile.open(path, header, refuse)
     assert (found.value.errno, found.value.filename) == (errno.ENOMEM, str(path))
 
 

@@ -37,10 +37,11 @@ from tracin_ann.store import FeatureBlock
 from tracin_ann.store import exclusions as absent
 from tracin_ann.store.arrays import make_text_array
 from tracin_ann.store.columns import RowTable, write_columns
-from tracin_ann.store.feature_file import FileHeader, write_feature_file
+from tracin_ann.store.feature_file import write_feature_file
 from tracin_ann.store.generations import generation_folder, take_lease
 from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock, lock_unless_read
 from tracin_ann.store.manifest import MANIFEST, Manifest
+from tracin_ann.store.stored_rows import FileHeader
 from trees import list_names
 
 BUILD, REMOVAL = (importlib.import_module(f"tracin_ann.{name}") for name in ("build_job", "operations.removal"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tracin_ann.store import Dtype, FeatureBlock, StoreLayout
-from tracin_ann.store.feature_file import FileHeader
+from tracin_ann.store.stored_rows import FileHeader
 
 NUMBERS: list[Dtype] = ["float16", "float32"]
 CODES: list[Dtype] = ["int8", "int4", "int2", "int1"]

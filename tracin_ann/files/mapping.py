@@ -18,6 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 _FAILED = ctypes.c_void_p(-1).value
+_PROT_NONE, _MAP_FIXED = 0, 0x10
+PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
+"""Addresses and offsets of maps are multiples of this number."""
 
 
 @cache
@@ -38,11 +41,15 @@ def map_pages(descriptor: int, size: int, offset: int) -> int:
     Raises:
         OSError: the system cannot map them.
     """
-    address: int = _load_libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
-    if address == _FAILED:
+    return _map(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+
+
+def _map(address: int | None, size: int, protection: int, flags: int, descriptor: int, offset: int) -> int:
+    mapped: int = _load_libc().mmap(address, size, protection, flags, descriptor, offset)
+    if mapped == _FAILED:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    return address
+    return mapped
 
 
 def map_file(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -55,15 +62,52 @@ def map_file(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtyp
         OSError: the system cannot map the file.
     """
     count = math.prod(shape)
-    before = offset % mmap.ALLOCATIONGRANULARITY
+    before = offset % PAGE_BYTES
     size = before + count * dtype.itemsize
-    address = map_pages(file.fileno(), size, offset - before)
+    content = _view_memory(map_pages(file.fileno(), size, offset - before), size)
+    return np.frombuffer(content, dtype, count, before).reshape(shape)
+
+
+def _view_memory(address: int, size: int) -> memoryview:
+    """Return mapped memory, which is unmapped when nothing uses it."""
     content = (ctypes.c_char * size).from_address(address)
     # At exit the system removes the map; another thread may still read it.
     weakref.finalize(content, _load_libc().munmap, address, size).atexit = False
     # Of a writable buffer, NumPy could make a writable array; writing to the map would kill the process.
-    readonly = memoryview(content).cast("B").toreadonly()
-    return np.frombuffer(readonly, dtype, count, before).reshape(shape)
+    return memoryview(content).cast("B").toreadonly()
+
+
+class AddressRange:
+    """Consecutive addresses for the maps of several files, so that one array contains the numbers of all.
+
+    Reading an address to which no file is mapped kills the process. Maps are removed when no array uses one of them.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Reserve addresses for this many bytes; they take no memory.
+
+        Raises:
+            OSError: the system does not have as many.
+        """
+        self._address = _map(None, size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        self._content = _view_memory(self._address, size)
+
+    def view(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Return all addresses as an array, read-only."""
+        return np.frombuffer(self._content, dtype, math.prod(shape)).reshape(shape)
+
+    def map_file(self, file: BinaryIO, offset: int, place: int, size: int) -> None:
+        """Map bytes of a file from `offset` on to a place in the range; both must be multiples of `PAGE_BYTES`.
+
+        As for `map_file`, the caller checks that the file is long enough. A file that was mapped there is replaced.
+
+        Raises:
+            OSError: the system cannot map the file.
+        """
+        if offset % PAGE_BYTES or place % PAGE_BYTES or not 0 <= place <= place + size <= len(self._content):
+            raise ValueError(f"{size} bytes from {offset} at {place} of {len(self._content)}")
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        _map(self._address + place, size, mmap.PROT_READ, flags, file.fileno(), offset)
 
 
 class _SharedMemory:

@@ -20,7 +20,8 @@ import numpy as np
 
 from tracin_ann.files import report_damage
 from tracin_ann.search.faiss_file import REMEDY, WrittenFile
-from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCodes, select_candidates
+from tracin_ann.search.product_codes import CODE_BITS, Layout, ProductCodes
+from tracin_ann.search.product_scan import scan_codes, select_candidates
 from tracin_ann.types import Float32, Int64
 
 _LARGEST_ID = np.iinfo(np.int64).max
@@ -42,7 +43,7 @@ class CodeQuery:
 
     def run(self, codes: ProductCodes) -> tuple[Int64, Float32]:
         """Return (ids [Q, M], estimated scores [Q, M]), unordered; the id of padding is -1."""
-        return codes.scan(self.queries_QR, self.n_candidates, self.allowed)
+        return scan_codes(codes, self.queries_QR, self.n_candidates, self.allowed)
 
 
 CodeScanner = Callable[[Sequence[CodeQuery]], Sequence[tuple[Int64, Float32]]]

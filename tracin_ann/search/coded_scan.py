@@ -2,7 +2,8 @@
 
 For rows without clusters, such as the features of language models: lists would have to be probed for a large part of
 the rows. The codes are so short that a scan of all of them takes a small part of the time of a scan of the rows.
-See `product_codes` for the codes, `code_shards` for their files and `rescored` for the rest of a search.
+See `product_codes` for the codes, `product_scan` for a scan of them, `code_shards` for their files, and `rescored` for
+the rest of a search.
 
 Shapes: N rows, Q queries, M candidates, F feature dimension, R reduced dimension.
 """
@@ -28,7 +29,8 @@ from tracin_ann.search.clustering import stratified_ids, survey
 from tracin_ann.search.code_shards import CodeFile, CodeScanner, CodeShards, list_code_files
 from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, scale_rows
 from tracin_ann.search.faiss_file import REMEDY, WrittenFile
-from tracin_ann.search.product_codes import CODE_BITS, TRAIN_ROWS, Layout, ProductCoder, select_candidates
+from tracin_ann.search.product_codes import CODE_BITS, TRAIN_ROWS, Layout, ProductCoder
+from tracin_ann.search.product_scan import select_candidates
 from tracin_ann.search.reduction import Reduction, fit_axes, pack_reduction, unpack_reduction
 from tracin_ann.search.rescored import Caption, Direction, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields

@@ -8,15 +8,13 @@ codes from tables in registers.
 Rows are scaled to norm 1 before they are coded, so that all of them are equally accurate. A centroid is a mean, so
 decoded rows û are shorter than the rows u, some by more than others; the factor ‖x‖ / ⟨u, û⟩ of a row x = ‖x‖·u
 corrects this and the scaling (Gao and Long 2024, RaBitQ, equation 6). The fast scan has no place for a factor for each
-row. Rows of similar factors are therefore in one inverted list: the best rows of each list are candidates, and their
-factors select the best of all lists.
+row. Rows of similar factors are therefore in one inverted list; see `product_scan` for a scan of all lists.
 
-Shapes: N rows, B rows of a block, Q queries, M candidates, R reduced dimension, C codes of a row, L lists.
+Shapes: N rows, B rows of a block, Q queries, K results, R reduced dimension, C codes of a row, L lists.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +27,9 @@ import numpy.typing as npt
 from tracin_ann.device import import_faiss
 from tracin_ann.search.clustering import LARGEST_EXPONENT
 from tracin_ann.search.faiss_file import WrittenFile, read_faiss, write_faiss
-from tracin_ann.search.inverted_lists import Selector, make_selector, search_lists
+from tracin_ann.search.inverted_lists import Selector, search_lists
 from tracin_ann.search.reduction import normalize
-from tracin_ann.search.threads import one_openmp_thread, open_threads
-from tracin_ann.types import Float32, Int64
+from tracin_ann.types import Float32, Float64, Int64
 
 CODE_BITS = 4
 _CENTROIDS = 2**CODE_BITS
@@ -47,15 +44,7 @@ _ROWS_AT_ONCE = 4096
 _LISTS = 16
 _LISTS_PER_OCTAVE = 3
 """Factors in a list differ by at most the third root of two; the last list has the small ones."""
-_OVERSAMPLING, _MORE = 1.5, 128
-"""Each list is searched for this many times the wanted candidates, and a few more, because the best rows by their codes
-are not the best by codes and factors."""
-_FEW_QUERIES = 16
-"""Each thread searches other lists for up to this many queries, so that it reads their codes once; or other queries."""
-_FEW_ROWS = 2**14
-"""The calling thread searches the lists of up to this many rows: waking others would take longer."""
 _BLOCK = 32
-_RESULTS_AT_ONCE = 2**20
 _TOLERANCE = 1e-3
 
 
@@ -286,64 +275,27 @@ class ProductCodes:
                 packer.unpack_1_c(self._index.invlists.get_codes(number), offset, faiss.swig_ptr(codes[place]))
         return codes
 
-    def scan(self, queries_QR: Float32, n_candidates: int, allowed: Int64 | None = None) -> tuple[Int64, Float32]:
-        """Return (ids int64, estimated scores float32) [Q, M] of the best rows by their codes, unordered.
+    @cached_property
+    def list_sizes(self) -> Int64:
+        """Return the number of rows of each list, int64 [L]."""
+        return np.array([int(self._index.invlists.list_size(number)) for number in range(_LISTS)])
+
+    @cached_property
+    def list_factors(self) -> Float64:
+        """Return the median factor of the rows of each list, [L]; 1 for an empty list."""
+        ids = (self._list_ids(number) for number in range(_LISTS))
+        return np.array([np.median(self.factor_N[self._find_places(each)]) if len(each) else 1.0 for each in ids])
+
+    def search_lists(
+        self, numbers: Sequence[int], padded: Float32, k: int, selector: Selector | None
+    ) -> tuple[Int64, Float32]:
+        """Return (ids, scores) [Q, k] of the best rows of some lists by their codes, best first before their factors.
 
         The id of padding is −1, and its score −infinity.
-
-        Args:
-            queries_QR: float32.
-            n_candidates: M.
-            allowed: int64 ids, increasing, to which the candidates are restricted; None: all.
         """
-        padded, n_candidates = self.layout.pad(queries_QR), min(n_candidates, len(self))
-        if not n_candidates:
-            return np.zeros((len(padded), 0), np.int64), np.zeros((len(padded), 0), np.float32)
-        selector, lists = make_selector(allowed, len(self)), self._order_lists()
-
-        k = math.ceil(_OVERSAMPLING * n_candidates) + _MORE
-
-        def search_list(number: int) -> tuple[Int64, Float32]:
-            return self._search_list(number, padded, k, selector)
-
-        def search_all(some: slice) -> tuple[Int64, Float32]:
-            found = [self._search_list(number, padded[some], k, selector) for number in lists]
-            return _select_from_lists(found, n_candidates)
-
-        if len(padded) <= _FEW_QUERIES:
-            if len(self) > _FEW_ROWS:
-                return _select_from_lists(list(open_threads().map(search_list, lists)), n_candidates)
-            with one_openmp_thread():
-                return search_all(slice(None))
-        step = max(1, _RESULTS_AT_ONCE // (len(lists) * k))
-        parts = list(open_threads().map(search_all, [slice(at, at + step) for at in range(0, len(padded), step)]))
-        return np.concatenate([ids for ids, _ in parts]), np.concatenate([scores for _, scores in parts])
-
-    def _order_lists(self) -> list[int]:
-        """Return the lists that are not empty, the largest first: threads search several at the same time."""
-        sizes = [int(self._index.invlists.list_size(number)) for number in range(_LISTS)]
-        return sorted((number for number, size in enumerate(sizes) if size), key=lambda number: -sizes[number])
-
-    def _search_list(self, number: int, padded: Float32, k: int, selector: Selector | None) -> tuple[Int64, Float32]:
-        """Return (ids, scores) [Q, k] of the best rows of a list by their codes; all of its rows if there are fewer."""
-        k, keys_Q1 = min(k, int(self._index.invlists.list_size(number))), np.full((len(padded), 1), number, np.int64)
-        ids_QK, scores_QK = search_lists(self._index, padded, k, keys_Q1, selector)
+        ids_QK, scores_QK = search_lists(self._index, padded, k, np.tile(numbers, (len(padded), 1)), selector)
         is_padding_QK = ids_QK < 0
         scores_QK[is_padding_QK] = 0
         scores_QK *= self.factor_N[self._find_places(ids_QK)]
         scores_QK[is_padding_QK] = -np.inf
         return ids_QK, scores_QK
-
-
-def _select_from_lists(found: Sequence[tuple[Int64, Float32]], n_candidates: int) -> tuple[Int64, Float32]:
-    """Return the ids and scores [Q, M] of the best candidates of all lists."""
-    ids_QX, scores_QX = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-    return select_candidates(ids_QX, scores_QX, n_candidates)
-
-
-def select_candidates(ids_QX: Int64, scores_QX: Float32, n_candidates: int) -> tuple[Int64, Float32]:
-    """Return the ids and scores of the best candidates [Q, M], unordered; all if there are fewer than M."""
-    if n_candidates < ids_QX.shape[1]:
-        best_QM = np.argpartition(-scores_QX, n_candidates - 1, axis=1)[:, :n_candidates]
-        return np.take_along_axis(ids_QX, best_QM, axis=1), np.take_along_axis(scores_QX, best_QM, axis=1)
-    return ids_QX, scores_QX

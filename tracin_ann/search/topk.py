@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from tracin_ann.types import Float32, Int64, TopK
 
 _NO_ID = -1
+_LARGE_ID = 2**32
+_SIGN = np.uint32(1 << 31)
+_PADDING = np.uint64(2**64 - 1)
 
 
 def best_positions(scores_QM: Tensor, k: int) -> Tensor:
@@ -53,8 +57,37 @@ def from_padded(ids_QM: Int64, scores_QM: Float32, k: int, rows_scored: Int64) -
 
 def select_padded(ids_QM: Int64, scores_QM: Float32, k: int) -> tuple[Int64, Float32]:
     """Return the best k of each row of padded candidates, as (ids, scores) [Q, min(k, M)] with the padding last."""
-    order_QK = np.lexsort((ids_QM, -scores_QM, ids_QM < 0))[:, :k]
-    return np.take_along_axis(ids_QM, order_QK, axis=1), np.take_along_axis(scores_QM, order_QK, axis=1)
+    if ids_QM.max(initial=0) >= _LARGE_ID:
+        order_QK = np.lexsort((ids_QM, -scores_QM, ids_QM < 0))[:, :k]
+        return np.take_along_axis(ids_QM, order_QK, axis=1), np.take_along_axis(scores_QM, order_QK, axis=1)
+    key_QM = _make_keys(ids_QM, scores_QM)
+    if k < key_QM.shape[1]:
+        key_QM = np.partition(key_QM, k - 1, axis=1)[:, :k] if k else key_QM[:, :0]
+    key_QM.sort(axis=1)
+    return _split_keys(key_QM)
+
+
+def _make_keys(ids_QM: Int64, scores_QM: Float32) -> npt.NDArray[np.uint64]:
+    """Return 64-bit numbers that increase as scores decrease, then with the ids; those of padding are the largest.
+
+    NumPy sorts and partitions such numbers by vector instructions, ten times as fast as by several keys.
+    """
+    # Adding zero makes -0.0 equal to 0.0. The bits of a number without sign increase with it, and all bits of a
+    # negative one are inverted.
+    bits_QM = (scores_QM + np.float32(0)).view(np.uint32)
+    ascending_QM = np.where(bits_QM >> 31, ~bits_QM, bits_QM | _SIGN)
+    key_QM: npt.NDArray[np.uint64] = (~ascending_QM).astype(np.uint64) << np.uint64(32) | ids_QM.astype(np.uint64)
+    key_QM[ids_QM < 0] = _PADDING
+    return key_QM
+
+
+def _split_keys(key_QK: npt.NDArray[np.uint64]) -> tuple[Int64, Float32]:
+    """Return the ids and scores of keys; the padding has the id -1."""
+    ids_QK = (key_QK & np.uint64(_LARGE_ID - 1)).astype(np.int64)
+    ids_QK[key_QK == _PADDING] = _NO_ID
+    ascending_QK = ~(key_QK >> 32).astype(np.uint32)
+    bits_QK = np.where(ascending_QK >> 31, ascending_QK ^ _SIGN, ~ascending_QK)
+    return ids_QK, bits_QK.view(np.float32)
 
 
 def merge(parts: Sequence[TopK], k: int) -> TopK:

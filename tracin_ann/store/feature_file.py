@@ -16,9 +16,8 @@ and squared norm are zero.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,6 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from tracin_ann.choices import DTYPES, Dtype
 from tracin_ann.errors import DamagedIndexError, NonFiniteError, problem
 from tracin_ann.files import (
     atomic_path,
@@ -41,23 +39,19 @@ from tracin_ann.files import (
     report_damage,
     write_hdf5,
 )
-from tracin_ann.store.checksums import Checksums, block_checksums, checksum, column_checksum, row_checksums
+from tracin_ann.store.checksums import block_checksums, checksum, column_checksum, row_checksums
 from tracin_ann.store.codec import (
     Int16,
     Stored,
     decode_rows,
     describe_storage,
     encode_rows,
-    is_coded,
-    measure_row_bytes,
     row_peaks,
 )
+from tracin_ann.store.stored_rows import ROW_INFO, VERSION, FileHeader, StoredRows
 from tracin_ann.types import Float32, Float64, Int64
 
 FORMAT = "tracin_ann.features"
-VERSION = 3
-"""Of files with numbers; those with codes have the next one, so that earlier versions of the library say why."""
-
 _ALIGNMENT = 4096
 _REWRITE = "run the build again: it rewrites files that are missing or damaged"
 _REPAIR = "run tracin-verify --repair, or restore the file"
@@ -73,9 +67,9 @@ _COLUMN_CHECKSUM: np.dtype[Any] = np.dtype("<u8")
 _NOT_IN_NAMES = frozenset("/\\\0")
 _LONGEST_NAME = 100
 _LONGEST_ATTRIBUTE = 1000
-_DENSE_SHARE = 1 / 8
-"""The checksum of a block takes less time than those of this share of its rows."""
-_ROW_INFO = np.dtype([("checksum", "<u8"), ("exponent", "<i2")])
+
+MapRows = Callable[[BinaryIO, int, tuple[int, ...], "np.dtype[Any]"], npt.NDArray[Any]]
+"""Maps numbers of an open file from an offset on, like `map_file`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,51 +107,6 @@ class FeatureBlock:
 
 
 @dataclass(frozen=True)
-class FileHeader:
-    """The header of a feature file; files with equal headers are interchangeable.
-
-    Attributes:
-        spec_digest: digest of everything that determines a feature row.
-        start: first row of the partition.
-        stop: one past its last row.
-        checkpoint: index of the checkpoint.
-        dim: D.
-        dtype: dtype of the stored features.
-        block_rows: rows of a block that shares one checksum.
-    """
-
-    spec_digest: str
-    start: int
-    stop: int
-    checkpoint: int
-    dim: int
-    dtype: Dtype = "float16"
-    block_rows: int = 256
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if not (0 <= self.start < self.stop and self.checkpoint >= 0 and self.dim >= 1 and self.block_rows >= 1):
-            raise ValueError(f"impossible header {self}")
-        if self.dtype not in DTYPES or not self.spec_digest:
-            raise ValueError(f"impossible header {self}")
-
-    @property
-    def n_rows(self) -> int:
-        """Return N."""
-        return self.stop - self.start
-
-    @property
-    def version(self) -> int:
-        """Return the version of the format."""
-        return VERSION + is_coded(self.dtype)
-
-    @property
-    def salt(self) -> bytes:
-        """Return the header as bytes; as part of a checksum, it reveals altered attributes."""
-        return json.dumps(asdict(self), sort_keys=True).encode()
-
-
-@dataclass(frozen=True)
 class FileRecord:
     """A manifest's record of a file.
 
@@ -178,30 +127,19 @@ class FileRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class FeatureFile:
+class FeatureFile(StoredRows):
     """An open feature file: features memory-mapped, the small columns in memory.
 
-    Rows are addressed by their position in the file: position 0 is row `header.start`. An open file uses 23 bytes of
-    memory per row, and no file descriptor.
-
-    Attributes:
-        stored_ND: the stored features.
-        row_info_N: checksum and exponent of each row, in one array of records: both are needed for every row taken.
-        verified_blocks: which blocks have been verified since the file was opened, bool [ceil(N / block_rows)].
+    Position 0 is row `header.start`. An open file uses 23 bytes of memory per row, and no file descriptor.
     """
 
     path: Path
-    header: FileHeader
-    stored_ND: Stored
-    row_info_N: npt.NDArray[np.void]
-    verified_blocks: npt.NDArray[np.bool_]
     sqnorm_N: Float64
     loss_N: Float32
-    block_checksum: Checksums
 
     @classmethod
-    def open(cls, path: Path, expected: FileHeader | None = None) -> FeatureFile:
-        """Open the file and compare its header with `expected`; the features are not read.
+    def open(cls, path: Path, expected: FileHeader | None = None, map_rows: MapRows = map_file) -> FeatureFile:
+        """Open the file and compare its header with `expected`; the features are mapped by `map_rows`, and not read.
 
         Raises:
             DamagedIndexError: the file is missing, truncated, not HDF5 or of another version, its columns are altered,
@@ -209,7 +147,7 @@ class FeatureFile:
             OSError: the system cannot open or map the file; the error names it.
         """
         with report_damage(path, "an intact feature file", _REWRITE), open_regular(path) as file:
-            opened = cls._read(path, file)
+            opened = cls._read(path, file, map_rows)
         if expected is not None and opened.header != expected:
             names = [f.name for f in fields(expected) if getattr(opened.header, f.name) != getattr(expected, f.name)]
             raise DamagedIndexError(
@@ -222,18 +160,8 @@ class FeatureFile:
             )
         return opened
 
-    @property
-    def exponent_N(self) -> Int16:
-        """Return the exponents of the rows."""
-        return self.row_info_N["exponent"]
-
-    @property
-    def row_checksum(self) -> Checksums:
-        """Return the checksums of the rows."""
-        return self.row_info_N["checksum"]
-
     @cached_property
-    def _buffers(self) -> tuple[memoryview, memoryview]:
+    def buffers(self) -> tuple[memoryview, memoryview]:
         """Return the bytes of the stored features and of `row_info_N`; slices of them are cheaper than of arrays."""
         return _view_bytes(self.stored_ND), _view_bytes(self.row_info_N)
 
@@ -243,7 +171,7 @@ class FeatureFile:
         return np.flatnonzero(~np.isfinite(self.loss_N))
 
     @classmethod
-    def _read(cls, path: Path, opened: BinaryIO) -> FeatureFile:
+    def _read(cls, path: Path, opened: BinaryIO, map_rows: MapRows) -> FeatureFile:
         # h5py does not lock a file object. A lock is not needed, because a file never changes after it has its name.
         # Locks fail on some network file systems, and conflict with other lock settings of h5py in the same process.
         with h5py.File(opened, "r") as file:
@@ -259,23 +187,23 @@ class FeatureFile:
                 for shape in [(n_blocks if name == "block_checksum" else n_rows,)]
             }
             checksum_offset = locate_own_dataset(root, "column_checksum", (1,), _COLUMN_CHECKSUM, size)
-        stored_ND = map_file(opened, feature_offset, feature_shape, feature_dtype)
+        stored_ND = map_rows(opened, feature_offset, feature_shape, feature_dtype)
         # Reading through HDF5 would take several times as long.
         columns = {name: read_dataset(opened, *place) for name, place in places.items()}
         written = int(read_dataset(opened, checksum_offset, (1,), _COLUMN_CHECKSUM)[0])
         _check_columns(header, columns, stored_ND, written)
-        row_info_N = np.zeros(n_rows, dtype=_ROW_INFO)
+        row_info_N = np.zeros(n_rows, dtype=ROW_INFO)
         row_info_N["exponent"], row_info_N["checksum"] = columns["exponent"], columns["row_checksum"]
         verified_blocks = np.zeros(-(-n_rows // header.block_rows), dtype=bool)
         return cls(
-            path,
-            header,
-            stored_ND,
-            row_info_N,
-            verified_blocks,
-            columns["sqnorm"],
-            columns["loss"],
-            columns["block_checksum"],
+            header=header,
+            stored_ND=stored_ND,
+            row_info_N=row_info_N,
+            verified_blocks=verified_blocks,
+            block_checksum=columns["block_checksum"],
+            path=path,
+            sqnorm_N=columns["sqnorm"],
+            loss_N=columns["loss"],
         )
 
     def read(self, start: int, stop: int, *, out_ND: Float32 | None = None, unit: bool = False) -> Float32:
@@ -330,22 +258,6 @@ class FeatureFile:
                 raise self.alteration_error(self._find_altered_rows(block))
             self.verified_blocks[block] = True
 
-    def find_unverified(self, position_K: Int64) -> npt.NDArray[np.bool_]:
-        """Return which of the rows at these positions are in no verified block [K].
-
-        A block with many of the rows is verified first, which takes less time than to verify these. If one of its rows
-        is altered, it remains unverified.
-        """
-        if self.verified_blocks.all():
-            return np.zeros(len(position_K), dtype=bool)
-        size = self.header.block_rows
-        block_K = position_K // size
-        count = np.bincount(block_K[~self.verified_blocks[block_K]])
-        for block in np.flatnonzero(count >= _DENSE_SHARE * size).tolist():
-            rows = self.stored_ND[block * size : (block + 1) * size]
-            self.verified_blocks[block] = checksum(rows) == self.block_checksum[block]
-        return ~self.verified_blocks[block_K]
-
     def _find_altered_rows(self, block: int) -> Int64:
         """Return the positions of the altered rows of a damaged block; all its rows if their checksums all agree."""
         start = block * self.header.block_rows
@@ -354,7 +266,7 @@ class FeatureFile:
         return altered if len(altered) else np.arange(start, stop)
 
     def alteration_error(self, positions: Int64) -> DamagedIndexError:
-        """Return the error for altered rows at these positions, ascending."""
+        """Return the error for altered rows at these positions, ascending; see `StoredRows`."""
         first, last = self.header.start + int(positions[0]), self.header.start + int(positions[-1])
         which = f"row {first} is" if len(positions) == 1 else f"{len(positions)} of rows {first}..{last} are"
         got, expected = "features of another checksum", "the features that the build wrote"
@@ -382,117 +294,6 @@ def _check_columns(
 
 def _view_bytes(array: npt.NDArray[Any]) -> memoryview:
     return array.view(np.uint8).reshape(-1).data
-
-
-def take_rows(files: Sequence[Sequence[FeatureFile]], positions: Sequence[int], *, unit: bool = False) -> Float32:
-    """Return rows as float32 [K, C·D], whose C parts are in files of several checkpoints.
-
-    All parts are copied, verified and decoded together: NumPy calls for each file would cost more than the copies.
-
-    Args:
-        files: the C files of each row; all have the same dimension and dtype.
-        positions: the position of each row in its files.
-        unit: divide each part by its norm; a zero part remains zero.
-
-    Raises:
-        DamagedIndexError: rows are altered; the message names the first such file and its rows.
-        IndexError: a position is outside a file.
-    """
-    header, info_bytes = files[0][0].header, _ROW_INFO.itemsize
-    width, stored_dtype = describe_storage(header.dim, header.dtype)
-    row_bytes = measure_row_bytes(header.dim, header.dtype)
-    features: list[memoryview] = []
-    infos: list[memoryview] = []
-    for parts, position in zip(files, positions, strict=True):
-        place = slice(position * row_bytes, (position + 1) * row_bytes)
-        info_place = slice(position * info_bytes, (position + 1) * info_bytes)
-        for file in parts:
-            stored, info = file._buffers
-            features.append(stored[place])
-            infos.append(info[info_place])
-    content = bytearray().join(features)
-    if min(positions) < 0 or len(content) != len(features) * row_bytes:
-        n_rows = min(file.header.n_rows for parts in files for file in parts)
-        raise IndexError(f"position {min(positions)} or {max(positions)} of {n_rows} rows")
-    stored_KD = np.frombuffer(content, dtype=stored_dtype).reshape(-1, width)
-    info_K = np.frombuffer(b"".join(infos), dtype=_ROW_INFO)
-
-    def find_place(part: int) -> tuple[FeatureFile, int]:
-        row, checkpoint = divmod(part, len(files[0]))
-        return files[row][checkpoint], positions[row]
-
-    _check_rows(stored_KD, info_K, find_place)
-    row_KD = np.empty((len(stored_KD), header.dim), dtype=np.float32)
-    decode_rows(stored_KD, info_K["exponent"], row_KD, header.dtype, unit=unit)
-    return row_KD.reshape(len(positions), -1)
-
-
-def take_grouped_rows(groups: Sequence[tuple[FeatureFile, Int64]], out_KD: Float32, *, unit: bool = False) -> None:
-    """Write rows of several files of one checkpoint into `out_KD`, group after group.
-
-    This is faster than `take_rows` if the groups have many rows.
-
-    Args:
-        groups: a file, and positions of its rows.
-        out_KD: its rows must be contiguous; it may be a part of the columns of a wider array.
-        unit: divide each row by its norm; a zero row remains zero.
-
-    Raises:
-        DamagedIndexError: rows are altered; the message names the first such file and its rows.
-    """
-    stored_KD, exponent_K = gather_stored(groups)
-    decode_rows(stored_KD, exponent_K, out_KD, groups[0][0].header.dtype, unit=unit)
-
-
-def gather_stored(groups: Sequence[tuple[FeatureFile, Int64]]) -> tuple[Stored, Int16]:
-    """Return rows of several files of one checkpoint as they are stored, group after group, and their exponents.
-
-    Args:
-        groups: a file, and positions of its rows.
-
-    Raises:
-        DamagedIndexError: rows are altered; the message names the first such file and its rows.
-    """
-    header = groups[0][0].header
-    width, stored_dtype = describe_storage(header.dim, header.dtype)
-    starts = np.cumsum([0, *(len(positions) for _, positions in groups)])
-    stored_KD = np.empty((starts[-1], width), dtype=stored_dtype)
-    info_K = np.empty(starts[-1], dtype=_ROW_INFO)
-    for (file, positions), start, stop in zip(groups, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        # With `clip`, NumPy writes into `out` without a buffer.
-        file.stored_ND.take(positions, axis=0, out=stored_KD[start:stop], mode="clip")
-        file.row_info_N.take(positions, out=info_K[start:stop], mode="clip")
-    place_U = np.flatnonzero(np.concatenate([file.find_unverified(positions) for file, positions in groups]))
-
-    def find_place(unverified: int) -> tuple[FeatureFile, int]:
-        place = place_U[unverified]
-        group = int(np.searchsorted(starts, place, side="right")) - 1
-        file, positions = groups[group]
-        return file, int(positions[place - starts[group]])
-
-    if len(place_U):
-        _check_rows(stored_KD[place_U], info_K[place_U], find_place)
-    return stored_KD, info_K["exponent"]
-
-
-def _check_rows(
-    stored_KD: Stored, info_K: npt.NDArray[np.void], find_place: Callable[[int], tuple[FeatureFile, int]]
-) -> None:
-    """Compare rows with their checksums.
-
-    Args:
-        stored_KD: the stored rows.
-        info_K: their checksums and exponents.
-        find_place: returns file and position of one of them.
-
-    Raises:
-        DamagedIndexError: rows are altered; the message names the first such file and its rows.
-    """
-    altered_K = row_checksums(stored_KD) != info_K["checksum"]
-    if altered_K.any():
-        altered = [find_place(part) for part in np.flatnonzero(altered_K).tolist()]
-        first = altered[0][0]
-        raise first.alteration_error(np.unique([position for file, position in altered if file is first]))
 
 
 def write_feature_file(path: Path, block: FeatureBlock, *, header: FileHeader) -> FileRecord:

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
@@ -20,18 +20,12 @@ import numpy.typing as npt
 from tracin_ann.choices import DTYPES, Dtype
 from tracin_ann.errors import DamagedIndexError, UsageError, problem
 from tracin_ann.files import describe_difference, make_directory
+from tracin_ann.store.checkpoint_rows import CheckpointRows
 from tracin_ann.store.codec import Int16, Stored, is_coded, measure_row_bytes
 from tracin_ann.store.codes import CodeBlock, measure_code_differences
-from tracin_ann.store.feature_file import (
-    FeatureBlock,
-    FeatureFile,
-    FileHeader,
-    FileRecord,
-    gather_stored,
-    take_grouped_rows,
-    take_rows,
-    write_feature_file,
-)
+from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileRecord, write_feature_file
+from tracin_ann.store.stored_rows import FileHeader, StoredRows
+from tracin_ann.store.taking import gather_stored, take_grouped_rows, take_rows
 from tracin_ann.types import CodedPart, Float32, Float64, Int64, PendingReads, StoredPart
 
 Number = TypeVar("Number", np.float32, np.float64)
@@ -151,6 +145,7 @@ class FeatureStore:
         self.directory = directory
         self.layout = layout
         self._open: dict[tuple[int, int], FeatureFile] = {}
+        self._rows: dict[int, CheckpointRows | None] = {}
         self._verified: set[frozenset[int]] = set()  # checkpoints all of whose rows are verified, in open files
         self._lock = threading.Lock()
         self._taken = threading.local()
@@ -186,6 +181,7 @@ class FeatureStore:
         record = write_feature_file(self.path(partition, checkpoint), block, header=header)
         with self._lock:
             self._open.pop((partition, checkpoint), None)
+            self._rows.pop(checkpoint, None)
             self._verified.clear()
         return record
 
@@ -274,11 +270,26 @@ class FeatureStore:
             for key in keys:
                 opened = self._open.get(key)
                 if opened is None:
-                    opened = FeatureFile.open(self.path(*key), self.layout.header(*key))
+                    opened = self._open_file(*key)
                     if len(self._open) < self._most_open:
                         self._open[key] = opened
                 found.append(opened)
         return found
+
+    def _open_file(self, partition: int, checkpoint: int) -> FeatureFile:
+        path, layout = self.path(partition, checkpoint), self.layout
+        header = layout.header(partition, checkpoint)
+        if checkpoint not in self._rows:
+            can_all_be_open = layout.n_partitions * layout.n_checkpoints <= self._most_open
+            of_all = replace(header, start=0, stop=layout.n_rows)
+            self._rows[checkpoint] = CheckpointRows.reserve(of_all, layout.partition_rows) if can_all_be_open else None
+        rows = self._rows[checkpoint]
+        return FeatureFile.open(path, header) if rows is None else rows.open_file(path, header)
+
+    def join_rows(self, checkpoint: int) -> CheckpointRows | None:
+        """Return all rows of a checkpoint if its files are open side by side in memory."""
+        rows = self._rows.get(checkpoint)
+        return rows if rows is not None and rows.is_complete else None
 
     def pending_reads(self, checkpoints: Sequence[int]) -> PendingReads:
         """Return what a scan of all rows at these checkpoints has to do, and later scans do not.
@@ -460,7 +471,13 @@ class FeatureView:
         return id_K
 
     def _read_rows(self, id_K: Int64) -> Float32:
-        row_KF = self._take_few(id_K) if len(id_K) <= _FEW_ROWS else self._take_sorted(id_K)
+        if len(id_K) > _FEW_ROWS:
+            row_KF = self._take_sorted(id_K)
+        elif all(self.store.join_rows(checkpoint) for checkpoint in self.checkpoints):
+            row_KF = np.empty((len(id_K), self.dim), dtype=np.float32)
+            self._take_many(id_K, row_KF)
+        else:
+            row_KF = self._take_few(id_K)
         self.store.remember(self, id_K, row_KF)
         return row_KF
 
@@ -503,20 +520,27 @@ class FeatureView:
             return CodeBlock(stored_KD.view(np.uint8), own_K, layout.dtype, layout.dim, unit=self.cosine)
         return StoredPart(stored_KD, exponent_K, unit=self.cosine)  # type: ignore[arg-type]
 
-    def _take_many(self, row_N: Int64, out_NF: Float32) -> None:
-        """Write the rows with these ids, ascending, into `out_NF`."""
+    def _take_many(self, id_K: Int64, out_KF: Float32) -> None:
+        """Write the rows with these ids, which ascend if the files are not joined, into `out_KF`."""
         dim = self.store.layout.dim
-        for i, groups in enumerate(self._group(row_N)):
-            take_grouped_rows(groups, out_NF[:, i * dim : (i + 1) * dim], unit=self.cosine)
+        for i, groups in enumerate(self._group(id_K)):
+            take_grouped_rows(groups, out_KF[:, i * dim : (i + 1) * dim], unit=self.cosine)
 
-    def _group(self, row_N: Int64) -> Iterator[list[tuple[FeatureFile, Int64]]]:
-        """Yield, for each checkpoint, the files of the rows with these ids, ascending, and their positions."""
-        partition_N, position_N = np.divmod(row_N, self.store.layout.partition_rows)
-        starts = np.flatnonzero(np.diff(partition_N, prepend=-1))
-        positions = np.split(position_N, starts[1:])
+    def _group(self, id_K: Int64) -> Iterator[Sequence[tuple[StoredRows, Int64]]]:
+        """Yield, for each checkpoint, the files of the rows with these ids, and their positions.
+
+        All files are one group if they are joined. Otherwise, ids must ascend.
+        """
         for checkpoint in self.checkpoints:
-            files = self.store.files([(partition, checkpoint) for partition in partition_N[starts].tolist()])
-            yield list(zip(files, positions, strict=True))
+            joined = self.store.join_rows(checkpoint)
+            yield self._split(id_K, checkpoint) if joined is None else [(joined, id_K)]
+
+    def _split(self, id_K: Int64, checkpoint: int) -> list[tuple[StoredRows, Int64]]:
+        """Return the files of the rows with these ids, ascending, at a checkpoint, and their positions."""
+        partition_K, position_K = np.divmod(id_K, self.store.layout.partition_rows)
+        starts = np.flatnonzero(np.diff(partition_K, prepend=-1))
+        files = self.store.files([(partition, checkpoint) for partition in partition_K[starts].tolist()])
+        return list(zip(files, np.split(position_K, starts[1:]), strict=True))
 
     def _open_partition(self, partition: int) -> list[FeatureFile]:
         """Return the files of a partition, one for each checkpoint."""
