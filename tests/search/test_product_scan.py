@@ -108,7 +108,7 @@ def test_every_row_is_in_one_part_of_a_plan(codes: ProductCodes, n_candidates: i
 def test_candidates_are_expected_in_total(codes: ProductCodes, n_candidates: int) -> None:
     sizes = codes.list_sizes.astype(np.float64)
     expected = product_scan._expect_candidates(sizes, codes.list_factors, n_candidates)
-    assert expected.sum() == pytest.approx(n_candidates, rel=1e-3) or (expected == sizes).all()
+    assert n_candidates <= expected.sum() <= 1.05 * n_candidates or (expected == sizes).all()
     assert (expected <= sizes).all()
 
 

@@ -21,7 +21,8 @@ from tracin_ann.search import FlatIndex, Subset, search_both, stored_parts
 from tracin_ann.search import stored_scores as module
 from tracin_ann.search.threads import use_one_thread
 from tracin_ann.store.feature_file import FeatureBlock
-from tracin_ann.store.feature_store import FeatureStore, FeatureView, StoreLayout
+from tracin_ann.store.feature_store import FeatureStore, FeatureView
+from tracin_ann.store.layout import StoreLayout
 from tracin_ann.types import Float32, Float64, Int64, StoredPart
 
 CPU = torch.device("cpu")

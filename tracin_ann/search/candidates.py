@@ -28,6 +28,7 @@ from tracin_ann.types import CodedPart, Float32, Float64, Int64, RowSource, Stor
 
 _ROWS_AT_ONCE, _NUMBERS_AT_ONCE = 2048, 2**23
 """The most rows, and numbers, that a thread reads at a time."""
+_LARGEST_BITS = 63
 _NUMBERS_OF_ONE_THREAD = 2**20
 """Up to this many numbers are read by the calling thread: waking others would take longer."""
 
@@ -78,18 +79,33 @@ class _Pairs:
     @classmethod
     def sort(cls, ids_QM: Int64) -> _Pairs:
         """Return the pairs of padded ids."""
-        order_P = np.argsort(ids_QM, axis=None)
-        sorted_P = ids_QM.ravel()[order_P]
-        n_padding = np.searchsorted(sorted_P, 0)
-        order_P, sorted_P = order_P[n_padding:], sorted_P[n_padding:]
-        start_U = np.flatnonzero(np.diff(sorted_P, prepend=-1))
-        return cls(sorted_P[start_U], np.append(start_U, len(sorted_P)), order_P)
+        id_P, order_P = _sort_ids(ids_QM.ravel())
+        n_padding = int(np.searchsorted(id_P, 0))
+        id_P, order_P = id_P[n_padding:], order_P[n_padding:]
+        start_U = np.concatenate([np.zeros(min(len(id_P), 1), np.int64), np.flatnonzero(id_P[1:] != id_P[:-1]) + 1])
+        return cls(id_P[start_U], np.append(start_U, len(id_P)), order_P)
 
     def select(self, rows: slice) -> tuple[Int64, Int64]:
         """Return the pairs of some rows: their places among the flattened ids, and those of their rows among these."""
         start_U1 = self.start_U1[rows.start : rows.stop + 1]
         place_P = np.repeat(np.arange(len(start_U1) - 1), np.diff(start_U1))
         return self.pair_P[start_U1[0] : start_U1[-1]], place_P
+
+
+def _sort_ids(id_P: Int64) -> tuple[Int64, Int64]:
+    """Return ids in increasing order, and their places.
+
+    NumPy sorts numbers in a third of the time that it takes to sort their places. If ids and places have at most 63
+    bits together, they are sorted as one number.
+    """
+    n_bits = max(1, len(id_P) - 1).bit_length()
+    if int(id_P.max(initial=0)).bit_length() + n_bits > _LARGEST_BITS:
+        order_P = np.argsort(id_P)
+        return id_P[order_P], order_P
+    key_P = id_P << n_bits
+    key_P |= np.arange(len(id_P))
+    key_P.sort()
+    return key_P >> n_bits, key_P & ((1 << n_bits) - 1)
 
 
 class _Multiplier:

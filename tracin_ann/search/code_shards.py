@@ -177,12 +177,13 @@ class CodeShards:
             found: Sequence[tuple[Int64, Float32]] = [query.run(self.open(at)) for at, query in enumerate(queries)]
         else:
             found = self._scanner(queries)
-        n_candidates = min(n_candidates, len(self))
-        if len(found) != 1:
-            shape = len(queries_QR), n_candidates
-            found = [(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)), *found]
+        if len(found) == 1 == len(queries):
+            return found[0]
+        # Other shards may not have answered, so there can be less than M rows.
+        shape = len(queries_QR), min(n_candidates, len(self))
+        found = [(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)), *found]
         ids_QX, scores_QX = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-        return select_candidates(ids_QX, scores_QX, n_candidates)
+        return select_candidates(ids_QX, scores_QX, shape[1])
 
 
 def list_code_files(n_shards: int) -> tuple[str, ...]:

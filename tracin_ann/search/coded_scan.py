@@ -282,30 +282,17 @@ class CodedScan(RescoredIndex):
         return rows + (0 if basis is None else basis.nbytes) + self._uncoded.outliers.nbytes
 
     def _find_candidates(
-        self, reduced_QR: Float32, n_candidates: int, setting: Setting, allowed: Int64 | None
-    ) -> tuple[Int64, Int64]:
-        """Return the candidates, and the numbers of codes and candidates, see `RescoredIndex`."""
-        ids_QM, _ = self._parts.codes.scan(reduced_QR, n_candidates, allowed)
-        return ids_QM, self._count_scored(ids_QM)
-
-    def _find_all(
-        self, reduced_QR: Float32, k: int, directions: Sequence[Direction], allowed: Int64 | None
+        self, reduced_QR: Float32, directions: Sequence[Direction], counts: Sequence[int], allowed: Int64 | None
     ) -> list[tuple[Int64, Int64]]:
         """Return the candidates of all directions from one scan, see `RescoredIndex`."""
-        counts = [self._count_candidates(k, d.setting) for d in directions]
-        signed = np.concatenate([d.sign * reduced_QR for d in directions])
+        signed = np.concatenate([direction.sign * reduced_QR for direction in directions])
         ids_XM, scores_XM = self._parts.codes.scan(signed, max(counts), allowed)
         found: list[tuple[Int64, Int64]] = []
         for number, count in enumerate(counts):
             own = slice(number * len(reduced_QR), (number + 1) * len(reduced_QR))
             ids_QM, _ = select_candidates(ids_XM[own], scores_XM[own], count)
-            found.append((ids_QM, self._count_scored(ids_QM)))
+            found.append((ids_QM, len(self._parts.codes) + (ids_QM >= 0).sum(axis=1)))
         return found
-
-    def _count_scored(self, ids_QM: Int64) -> Int64:
-        """Return the numbers of codes and candidates that were scored for each query [Q]."""
-        scored_Q: Int64 = len(self._parts.codes) + (ids_QM >= 0).sum(axis=1)
-        return scored_Q
 
 
 def list_coded_files(n_shards: int) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from tracin_ann.search.construction import SAMPLE_NUMBERS, count_block_rows, sca
 from tracin_ann.search.faiss_file import REMEDY, WrittenFile, read_faiss, write_faiss
 from tracin_ann.search.inverted_lists import make_selector
 from tracin_ann.search.reduction import Reduction, fit_reduction, pack_reduction, unpack_reduction
-from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
+from tracin_ann.search.rescored import Caption, Direction, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import Setting, check_fields
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
@@ -289,9 +289,16 @@ class GraphIndex(RescoredIndex):
         return super()._is_scanned(k, setting, n_rows) or self._parts.estimate_visited(beam) >= n_rows
 
     def _find_candidates(
+        self, reduced_QR: Float32, directions: Sequence[Direction], counts: Sequence[int], allowed: Int64 | None
+    ) -> list[tuple[Int64, Int64]]:
+        """Return the candidates that a walk finds for each direction, see `RescoredIndex`."""
+        pairs = zip(directions, counts, strict=True)
+        return [self._walk(each.sign * reduced_QR, count, each.setting, allowed) for each, count in pairs]
+
+    def _walk(
         self, reduced_QR: Float32, n_candidates: int, setting: Setting, allowed: Int64 | None
     ) -> tuple[Int64, Int64]:
-        """Return candidates, and the estimated numbers of scored codes, see `RescoredIndex`."""
+        """Return candidates for proponents [Q, M], and the estimated numbers of scored codes [Q]."""
         parts, beam = self._parts, max(setting.codes, n_candidates)
         if not len(parts.id_N):
             return np.full((len(reduced_QR), n_candidates), -1), np.zeros(len(reduced_QR), np.int64)

@@ -28,7 +28,7 @@ from tracin_ann.search.construction import UnfinishedLists, fill_lists, scale_ro
 from tracin_ann.search.gpu import GpuLists, LazyGpuLists, join_names
 from tracin_ann.search.list_shards import ListShards, Scanner, ShardFile, list_shard_files
 from tracin_ann.search.reduction import Reduction, multiply_rows, normalize, pack_reduction, unpack_reduction
-from tracin_ann.search.rescored import Caption, RescoredIndex, UncodedRows
+from tracin_ann.search.rescored import Caption, Direction, RescoredIndex, UncodedRows
 from tracin_ann.search.settings import IVFParams, Setting, choose_default_setting
 from tracin_ann.types import Float32, Float64, Int64, RowSource
 
@@ -255,9 +255,16 @@ class IVFIndex(RescoredIndex):
         return norm_Q, np.abs(cosine_QG).max(axis=1).astype(np.float64)
 
     def _find_candidates(
+        self, reduced_QR: Float32, directions: Sequence[Direction], counts: Sequence[int], allowed: Int64 | None
+    ) -> list[tuple[Int64, Int64]]:
+        """Return candidates of the lists that are probed for each direction, see `RescoredIndex`."""
+        pairs = zip(directions, counts, strict=True)
+        return [self._probe(each.sign * reduced_QR, count, each.setting, allowed) for each, count in pairs]
+
+    def _probe(
         self, reduced_QR: Float32, n_candidates: int, setting: Setting, allowed: Int64 | None
     ) -> tuple[Int64, Int64]:
-        """Return the candidates, and the numbers of scored codes and centroids, see `RescoredIndex`."""
+        """Return candidates for proponents [Q, M], and the numbers of scored codes and centroids [Q]."""
         parts = self._parts
         n_groups = math.ceil(setting.centroids / parts.tree.centroids_per_group)
         n_lists = math.ceil(_LIST_MARGIN * setting.codes / max(self._mean_size, 1.0))

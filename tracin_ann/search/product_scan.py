@@ -33,7 +33,7 @@ _FEW_QUERIES = 16
 _FEW_ROWS = 2**14
 """The calling thread searches the lists of up to this many rows: waking others would take longer."""
 _RESULTS_AT_ONCE = 2**20
-_BISECTIONS = 40
+_LIMITS = 512
 
 _Found = tuple[Int64, Float32]
 _Map = Callable[[Callable[["_Part"], _Found], Sequence["_Part"]], Iterable[_Found]]
@@ -148,16 +148,13 @@ def _expect_candidates(size_L: Float64, factor_L: Float64, n_candidates: int) ->
     """Return the number of candidates that are expected in each list; all rows if there are few.
 
     The scores without factors are assumed to have the same exponential tail in all lists: the share of the rows of a
-    list is exp(-t / factor), with t such that there are as many candidates in total.
+    list is exp(-t / factor), with t such that there are about as many candidates in total, or a few more.
     """
     if size_L.sum() <= _SPREAD * n_candidates:
         return size_L
-    low, high = 0.0, float(factor_L.max()) * math.log(max(2.0, size_L.sum()))
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        is_low = float((size_L * np.exp(-middle / factor_L)).sum()) > n_candidates
-        low, high = (middle, high) if is_low else (low, middle)
-    expected_L: Float64 = size_L * np.exp(-low / factor_L)
+    limit_T = np.linspace(0.0, float(factor_L.max()) * math.log(size_L.sum()), _LIMITS)
+    expected_TL = size_L * np.exp(-limit_T[:, None] / factor_L)
+    expected_L: Float64 = expected_TL[np.flatnonzero(expected_TL.sum(axis=1) >= n_candidates)[-1]]
     return expected_L
 
 

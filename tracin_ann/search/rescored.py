@@ -125,14 +125,14 @@ class RescoredIndex(CalibratedIndex):
 
     @abstractmethod
     def _find_candidates(
-        self, reduced_QR: Float32, n_candidates: int, setting: Setting, allowed: Int64 | None
-    ) -> tuple[Int64, Int64]:
-        """Return candidates for proponents: padded ids [Q, M] (−1: padding), and the numbers of scored codes [Q].
+        self, reduced_QR: Float32, directions: Sequence[Direction], counts: Sequence[int], allowed: Int64 | None
+    ) -> list[tuple[Int64, Int64]]:
+        """Return, for each direction, padded ids of candidates [Q, M] (−1: padding) and numbers of scored codes [Q].
 
         Args:
             reduced_QR: queries of norm 1 or 0, reduced.
-            n_candidates: the least number of candidates of a query, if there are as many codes.
-            setting: of this direction.
+            directions: with their settings.
+            counts: for each direction, the least number of candidates of a query, if there are as many codes.
             allowed: increasing ids to which candidates are restricted; None: all.
         """
 
@@ -289,22 +289,14 @@ class RescoredIndex(CalibratedIndex):
     ) -> dict[Sign, TopK]:
         """Return the best k of the candidates by their exact scores, by sign of the direction."""
         reduced_QR, _ = self._reduce(queries_QF)
-        candidates = self._find_all(reduced_QR, k, directions, allowed)
+        counts = [self._count_candidates(k, direction.setting) for direction in directions]
+        candidates = self._find_candidates(reduced_QR, directions, counts, allowed)
         scores = self._rescore(queries_QF, [ids_QM for ids_QM, _ in candidates])
         found: dict[Sign, TopK] = {}
         for direction, (ids_QM, scored_Q), scores_QM in zip(directions, candidates, scores, strict=True):
             check_finite(ids_QM, scores_QM)
             found[direction.sign] = from_padded(ids_QM, direction.sign * scores_QM, k, scored_Q)
         return found
-
-    def _find_all(
-        self, reduced_QR: Float32, k: int, directions: Sequence[Direction], allowed: Int64 | None
-    ) -> list[tuple[Int64, Int64]]:
-        """Return the candidates of each direction for k results, and the numbers of scored codes."""
-        return [
-            self._find_candidates(d.sign * reduced_QR, self._count_candidates(k, d.setting), d.setting, allowed)
-            for d in directions
-        ]
 
     def _rescore(self, queries_QF: Float32, candidates: Sequence[Int64]) -> list[Float32]:
         """Return the inner products [Q, M] of each array of ids [Q, M]; 0 for padding. Each row is read once."""

@@ -21,13 +21,7 @@ from tracin_ann.store.exclusions import (
     write_unlisted,
 )
 from tracin_ann.store.feature_file import FeatureBlock, FeatureFile, FileRecord
-from tracin_ann.store.feature_store import (
-    FeatureStore,
-    FeatureView,
-    PartitionRows,
-    StoreLayout,
-    choose_partition_rows,
-)
+from tracin_ann.store.feature_store import FeatureStore, FeatureView, PartitionRows
 from tracin_ann.store.generations import (
     BuildStart,
     agree_on_record,
@@ -51,6 +45,7 @@ from tracin_ann.store.generations import (
     take_lease,
     write_shard_count,
 )
+from tracin_ann.store.layout import StoreLayout, choose_partition_rows
 from tracin_ann.store.locks import Lease, hold_writer_lock
 from tracin_ann.store.manifest import (
     BUILD_RECORD,

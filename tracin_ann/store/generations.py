@@ -36,7 +36,8 @@ from tracin_ann.files import (
     write_json_atomic,
 )
 from tracin_ann.store.feature_file import FileRecord
-from tracin_ann.store.feature_store import FeatureStore, is_feature_file
+from tracin_ann.store.feature_store import FeatureStore
+from tracin_ann.store.layout import is_feature_file
 from tracin_ann.store.locks import WRITER, Lease, hold_writer_lock, lock_unless_read
 from tracin_ann.store.manifest import (
     BUILD_RECORD,

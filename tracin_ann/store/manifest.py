@@ -21,7 +21,7 @@ from tracin_ann.files import describe_difference, file_digest, read_json, read_r
 from tracin_ann.search import Calibration, list_codes, list_files
 from tracin_ann.sketch import make_sketch
 from tracin_ann.store.feature_file import FileRecord
-from tracin_ann.store.feature_store import StoreLayout
+from tracin_ann.store.layout import StoreLayout
 from tracin_ann.store.spec import FeatureSpec
 from tracin_ann.task import TaskReference
 
