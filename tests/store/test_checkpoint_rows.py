@@ -10,8 +10,8 @@ import pytest
 
 from blocks import DTYPES, make_block
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files import PAGE_BYTES, AddressRange
-from tracin_ann.store import Dtype, FeatureStore, StoreLayout, checkpoint_rows
+from tracin_ann.files import AddressRange
+from tracin_ann.store import Dtype, FeatureStore, StoreLayout
 from tracin_ann.store import feature_store as feature_store_module
 from tracin_ann.types import Float32
 
@@ -163,11 +163,11 @@ def test_without_addresses_or_open_files_rows_are_read_one_by_one(
     layout = make_layout()
     expected = write_files(tmp_path, layout)
 
-    def fail(size: int) -> AddressRange:
+    def fail(_: AddressRange, size: int) -> None:
         raise OSError(12, f"no {size} bytes")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_rows, "AddressRange", fail)
+        patched.setattr(AddressRange, "__init__", fail)
         store = open_all(tmp_path, layout)
         assert store.join_rows(0) is None
         assert np.array_equal(store.view().take(np.arange(N)), expected)
@@ -178,14 +178,15 @@ def test_without_addresses_or_open_files_rows_are_read_one_by_one(
 
 
 def test_files_are_mapped_to_whole_pages_inside_the_range(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(bytes(range(256)) * (3 * PAGE_BYTES // 256))
-    addresses = AddressRange(2 * PAGE_BYTES)
+    page = AddressRange.page_bytes
+    (tmp_path / "file").write_bytes(bytes(range(256)) * (3 * page // 256))
+    addresses = AddressRange(2 * page)
     with (tmp_path / "file").open("rb") as file:
-        for offset, place, size in [(1, 0, 10), (0, 1, 10), (0, PAGE_BYTES, PAGE_BYTES + 1), (0, -PAGE_BYTES, 10)]:
+        for offset, place, size in [(1, 0, 10), (0, 1, 10), (0, page, page + 1), (0, -page, 10)]:
             with pytest.raises(ValueError, match="bytes from"):
                 addresses.map_file(file, offset, place, size)
-        addresses.map_file(file, PAGE_BYTES, 0, PAGE_BYTES)
-        addresses.map_file(file, 0, PAGE_BYTES, PAGE_BYTES)
-    view = addresses.view((2 * PAGE_BYTES,), np.dtype("u1"))
+        addresses.map_file(file, page, 0, page)
+        addresses.map_file(file, 0, page, page)
+    view = addresses.view((2 * page,), np.dtype("u1"))
     assert not view.flags.writeable
-    assert np.array_equal(view, np.resize(np.arange(256, dtype=np.uint8), 2 * PAGE_BYTES))
+    assert np.array_equal(view, np.resize(np.arange(256, dtype=np.uint8), 2 * page))

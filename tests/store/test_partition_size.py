@@ -16,7 +16,7 @@ from tracin_ann import BuildConfig, Task, build
 from tracin_ann.errors import IndexMismatchError, UsageError
 from tracin_ann.operations.dry_run import plan
 from tracin_ann.operations.verification import repair, verify
-from tracin_ann.store import FeatureStore, choose_partition_rows, feature_store
+from tracin_ann.store import FeatureStore, choose_partition_rows, layout
 from tracin_ann.store.manifest import Manifest
 
 DEFAULT = replace(CONFIG, dim=8, yardstick=False)
@@ -29,7 +29,7 @@ SMALL, LARGE = 4, 16
 def small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the numbers of the rule so that small indexes have partitions of different sizes."""
     for name, value in (("_SMALLEST_PARTITION", SMALL), ("_LARGEST_PARTITION", LARGE), ("_MOST_PARTITIONS", 2)):
-        monkeypatch.setattr(feature_store, name, value)
+        monkeypatch.setattr(layout, name, value)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_resumed_build_keeps_its_size(
         with pytest.raises(KeyboardInterrupt):
             build(task, tmp_path / "killed", DEFAULT)
     # As if the rule of a later version were another one.
-    monkeypatch.setattr(feature_store, "_LARGEST_PARTITION", SMALL)
+    monkeypatch.setattr(layout, "_LARGEST_PARTITION", SMALL)
     assert 0 < build(task, tmp_path / "killed", DEFAULT).rows_extracted < 2 * LARGE_INDEX
     assert read_size(tmp_path / "killed") == LARGE
     assert read_features(tmp_path / "killed") == read_features(tmp_path / "new")

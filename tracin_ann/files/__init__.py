@@ -21,7 +21,7 @@ from tracin_ann.files.hdf5 import (
     write_hdf5,
 )
 from tracin_ann.files.json_records import read_json, read_record, write_json_atomic
-from tracin_ann.files.mapping import PAGE_BYTES, AddressRange, map_file, share_memory
+from tracin_ann.files.mapping import AddressRange, map_file, share_memory
 from tracin_ann.files.opening import (
     NotRegularFileError,
     open_descriptor,
@@ -33,7 +33,6 @@ from tracin_ann.files.opening import (
 from tracin_ann.files.user_files import open_output, read_user_text
 
 __all__ = [
-    "PAGE_BYTES",
     "AddressRange",
     "NotRegularFileError",
     "atomic_path",

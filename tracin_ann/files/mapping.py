@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 _FAILED = ctypes.c_void_p(-1).value
 _PROT_NONE, _MAP_FIXED = 0, 0x10
-PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
-"""Addresses and offsets of maps are multiples of this number."""
+_PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
 
 
 @cache
@@ -62,7 +61,7 @@ def map_file(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtyp
         OSError: the system cannot map the file.
     """
     count = math.prod(shape)
-    before = offset % PAGE_BYTES
+    before = offset % _PAGE_BYTES
     size = before + count * dtype.itemsize
     content = _view_memory(map_pages(file.fileno(), size, offset - before), size)
     return np.frombuffer(content, dtype, count, before).reshape(shape)
@@ -81,7 +80,12 @@ class AddressRange:
     """Consecutive addresses for the maps of several files, so that one array contains the numbers of all.
 
     Reading an address to which no file is mapped kills the process. Maps are removed when no array uses one of them.
+
+    Attributes:
+        page_bytes: places in the range and offsets in files are multiples of this number.
     """
+
+    page_bytes = _PAGE_BYTES
 
     def __init__(self, size: int) -> None:
         """Reserve addresses for this many bytes; they take no memory.
@@ -97,14 +101,14 @@ class AddressRange:
         return np.frombuffer(self._content, dtype, math.prod(shape)).reshape(shape)
 
     def map_file(self, file: BinaryIO, offset: int, place: int, size: int) -> None:
-        """Map bytes of a file from `offset` on to a place in the range; both must be multiples of `PAGE_BYTES`.
+        """Map bytes of a file from `offset` on to a place in the range; both must be multiples of `page_bytes`.
 
         As for `map_file`, the caller checks that the file is long enough. A file that was mapped there is replaced.
 
         Raises:
             OSError: the system cannot map the file.
         """
-        if offset % PAGE_BYTES or place % PAGE_BYTES or not 0 <= place <= place + size <= len(self._content):
+        if offset % _PAGE_BYTES or place % _PAGE_BYTES or not 0 <= place <= place + size <= len(self._content):
             raise ValueError(f"{size} bytes from {offset} at {place} of {len(self._content)}")
         flags = mmap.MAP_SHARED | _MAP_FIXED
         _map(self._address + place, size, mmap.PROT_READ, flags, file.fileno(), offset)

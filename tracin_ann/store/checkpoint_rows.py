@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracin_ann.errors import DamagedIndexError
-from tracin_ann.files import PAGE_BYTES, AddressRange, map_file
+from tracin_ann.files import AddressRange, map_file
 from tracin_ann.store.codec import describe_storage, measure_row_bytes
 from tracin_ann.store.feature_file import FeatureFile
 from tracin_ann.store.stored_rows import ROW_INFO, FileHeader, StoredRows
@@ -46,7 +46,11 @@ class CheckpointRows(StoredRows):
             partition_rows: rows of a file.
         """
         n_rows, row_bytes = header.n_rows, measure_row_bytes(header.dim, header.dtype)
-        if n_rows <= partition_rows or partition_rows * row_bytes % PAGE_BYTES or partition_rows % header.block_rows:
+        if (
+            n_rows <= partition_rows
+            or partition_rows * row_bytes % AddressRange.page_bytes
+            or partition_rows % header.block_rows
+        ):
             return None
         width, dtype = describe_storage(header.dim, header.dtype)
         try:
@@ -81,7 +85,7 @@ class CheckpointRows(StoredRows):
 
         def map_rows(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
             nonlocal is_mapped
-            if (shape, dtype) != (own_ND.shape, own_ND.dtype) or offset % PAGE_BYTES:
+            if (shape, dtype) != (own_ND.shape, own_ND.dtype) or offset % AddressRange.page_bytes:
                 return map_file(file, offset, shape, dtype)
             self.addresses.map_file(file, offset, header.start * own_ND.strides[0], own_ND.nbytes)
             is_mapped = True
