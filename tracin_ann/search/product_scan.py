@@ -34,9 +34,11 @@ _FEW_ROWS = 2**14
 """The calling thread searches the lists of up to this many rows: waking others would take longer."""
 _RESULTS_AT_ONCE = 2**20
 _LIMITS = 512
+"""Values of t that `_expect_candidates` tries."""
 
 _Found = tuple[Int64, Float32]
 _Map = Callable[[Callable[["_Part"], _Found], Sequence["_Part"]], Iterable[_Found]]
+"""`map`, or that of threads."""
 
 
 def scan_codes(
@@ -106,6 +108,7 @@ class _Scan:
         ids_QM, scores_QM = select_candidates(ids_QX, scores_QX, self.n_candidates)
         cut = self._find_cut(found, scores_QM.min(axis=1, initial=np.inf))
         if len(cut):
+            # There are M candidates each time: with few allowed rows, all parts are searched for the most at first.
             most = replace(self, parts=[replace(part, first=part.most) for part in self.parts])
             ids_QM[cut], scores_QM[cut] = most.run(padded[cut], run)
         return ids_QM, scores_QM
@@ -133,11 +136,12 @@ def _plan(codes: ProductCodes, share: float, n_candidates: int) -> list[_Part]:
     # All rows of the smallest lists are candidates together: each search computes the tables of a query again.
     n_small = int(np.searchsorted(size_L[order[::-1]].cumsum(), n_candidates, side="right"))
     large, small = order[: len(order) - n_small].tolist(), order[len(order) - n_small :].tolist()
-    allowed_L, parts = share * size_L.astype(np.float64), []
-    expected_L = _expect_candidates(allowed_L, codes.list_factors, n_candidates)
-    for number in large:
-        most = min(int(size_L[number]), math.ceil(_OVERSAMPLING * n_candidates) + _MORE)
-        parts.append(_Part((number,), min(most, math.ceil(_SPREAD * expected_L[number]) + _MORE), most))
+    most_L = np.minimum(size_L, math.ceil(_OVERSAMPLING * n_candidates) + _MORE)
+    first_L, allowed_L = most_L, share * size_L.astype(np.float64)
+    if allowed_L.sum() > _SPREAD * n_candidates:
+        expected_L = _expect_candidates(allowed_L, codes.list_factors, n_candidates)
+        first_L = np.minimum(most_L, np.ceil(_SPREAD * expected_L).astype(np.int64) + _MORE)
+    parts = [_Part((number,), int(first_L[number]), int(most_L[number])) for number in large]
     if small:
         n_rows = int(size_L[small].sum())
         parts.append(_Part(tuple(small), n_rows, n_rows))
@@ -145,13 +149,11 @@ def _plan(codes: ProductCodes, share: float, n_candidates: int) -> list[_Part]:
 
 
 def _expect_candidates(size_L: Float64, factor_L: Float64, n_candidates: int) -> Float64:
-    """Return the number of candidates that are expected in each list; all rows if there are few.
+    """Return the number of candidates that are expected in each list, whose rows are more than the candidates.
 
     The scores without factors are assumed to have the same exponential tail in all lists: the share of the rows of a
     list is exp(-t / factor), with t such that there are about as many candidates in total, or a few more.
     """
-    if size_L.sum() <= _SPREAD * n_candidates:
-        return size_L
     limit_T = np.linspace(0.0, float(factor_L.max()) * math.log(size_L.sum()), _LIMITS)
     expected_TL = size_L * np.exp(-limit_T[:, None] / factor_L)
     expected_L: Float64 = expected_TL[np.flatnonzero(expected_TL.sum(axis=1) >= n_candidates)[-1]]
