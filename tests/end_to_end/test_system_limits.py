@@ -25,11 +25,10 @@ from tracin_ann.cli.verify import main as verify_command
 from tracin_ann.device import import_faiss
 from tracin_ann.errors import DamagedIndexError
 from tracin_ann.features.canaries import read_generation_canaries
-from tracin_ann.files import arrays, json_records
+from tracin_ann.files import arrays, json_records, mapping
 from tracin_ann.files.opening import find_system_error, report_damage
 from tracin_ann.operations.removal import remove
 from tracin_ann.operations.verification import repair, verify
-from tracin_ann.store import feature_file
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import Manifest
 from trees import read_contents
@@ -122,7 +121,7 @@ def test_a_lack_of_resources_is_detected_in_the_errors_of_any_library(
     before, faiss = read_contents(index), import_faiss()
     owner, name = {
         "h5py": (h5py, "File"),
-        "a map": (feature_file, "map_file"),
+        "a map": (mapping, "map_pages"),
         "arrays": (arrays, "read_array"),
         "faiss": (faiss, "read_index"),
         "JSON": (json_records, "open_regular"),
