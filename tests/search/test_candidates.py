@@ -83,6 +83,20 @@ def test_rows_of_another_source(tmp_path: Path) -> None:
     assert np.array_equal(score_candidates(source, queries, ids_QM), expected)
 
 
+@pytest.mark.parametrize("first_id", [0, 2**40, 2**62])
+@pytest.mark.parametrize("n_queries", [0, 1, 6])
+def test_pairs_are_sorted_by_ids_of_any_size(first_id: int, n_queries: int) -> None:
+    """Ids and places that fit into one number, or not."""
+    drawn = np.random.default_rng(3).integers(-1, 20, (n_queries, 9))
+    ids_QM = np.where(drawn < 0, -1, drawn + first_id)
+    pairs = module._Pairs.sort(ids_QM)
+    known = ids_QM.ravel()[ids_QM.ravel() >= 0]
+    assert np.array_equal(pairs.id_U, np.unique(known))
+    place_P, row_P = pairs.select(slice(0, len(pairs.id_U)))
+    assert len(np.unique(place_P)) == len(known)
+    assert np.array_equal(ids_QM.ravel()[place_P], pairs.id_U[row_P])
+
+
 @pytest.mark.usefixtures("_amount")
 def test_padding_and_unknown_rows(tmp_path: Path) -> None:
     view, queries = write_store(tmp_path, integers(N, 1), "float16").view(), integers(2, 2)

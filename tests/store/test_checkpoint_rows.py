@@ -13,6 +13,7 @@ from tracin_ann.errors import DamagedIndexError
 from tracin_ann.files import AddressRange
 from tracin_ann.store import Dtype, FeatureStore, StoreLayout
 from tracin_ann.store import feature_store as feature_store_module
+from tracin_ann.store.taking import gather_stored
 from tracin_ann.types import Float32
 
 N, PARTITION_ROWS, DIM = 2600, 1024, 32
@@ -63,10 +64,20 @@ def test_rows_are_those_of_the_files(tmp_path: Path, dtype: Dtype) -> None:
         ids = random.integers(0, N, n_ids)
         assert np.array_equal(store.view().take(ids), expected[ids])
         assert np.array_equal(store.view([1]).take(ids), expected[ids, DIM:])
-    stored = store.view().take_stored(np.arange(0, N, 7))
-    grouped = FeatureStore(tmp_path, make_layout(dtype)).view()
-    for part, other in zip(stored, grouped.take_stored(np.arange(0, N, 7)), strict=True):
-        assert np.array_equal(part.exponent_B, other.exponent_B)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stored_rows_are_those_of_the_files_in_any_order(tmp_path: Path, dtype: Dtype) -> None:
+    layout = make_layout(dtype)
+    write_files(tmp_path, layout)
+    joined, apart = open_all(tmp_path, layout), FeatureStore(tmp_path, layout)
+    ids = np.random.default_rng(1).permutation(N)[:900]
+    for checkpoint in range(2):
+        assert apart.join_rows(checkpoint) is None
+        groups = joined.view([checkpoint])._split(ids, checkpoint)
+        for one, other in zip(gather_stored(groups), gather_stored([(joined.join_rows(checkpoint), ids)]), strict=True):
+            assert np.array_equal(one, other)
+    assert np.array_equal(apart.view().take(ids), joined.view().take(ids))
 
 
 def test_rows_are_joined_when_all_files_are_open_and_mapped_once(tmp_path: Path) -> None:

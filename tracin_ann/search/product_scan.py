@@ -97,20 +97,20 @@ class _Scan:
     n_candidates: int
     selector: Selector | None
 
-    def run(self, padded: Float32, run: _Map) -> _Found:
-        """Return the ids and scores [Q, M] of the candidates of padded queries; `run` searches all parts."""
+    def run(self, padded: Float32, map_parts: _Map) -> _Found:
+        """Return the ids and scores [Q, M] of the candidates of padded queries; `map_parts` searches all parts."""
 
         def search(part: _Part) -> _Found:
             return self.codes.search_lists(part.numbers, padded, part.first, self.selector)
 
-        found = list(run(search, self.parts))
+        found = list(map_parts(search, self.parts))
         ids_QX, scores_QX = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
         ids_QM, scores_QM = select_candidates(ids_QX, scores_QX, self.n_candidates)
-        cut = self._find_cut(found, scores_QM.min(axis=1, initial=np.inf))
+        cut = self._find_cut(found, scores_QM.min(axis=1))
         if len(cut):
             # There are M candidates each time: with few allowed rows, all parts are searched for the most at first.
             most = replace(self, parts=[replace(part, first=part.most) for part in self.parts])
-            ids_QM[cut], scores_QM[cut] = most.run(padded[cut], run)
+            ids_QM[cut], scores_QM[cut] = most.run(padded[cut], map_parts)
         return ids_QM, scores_QM
 
     def _find_cut(self, found: Sequence[_Found], least_Q: Float32) -> Int64:

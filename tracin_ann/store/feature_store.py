@@ -33,7 +33,7 @@ _MOST_OPEN_FILES = 8192
 _MOST_OPEN_ROWS = 2**27
 """Rows of all open files, 23 bytes each: at most 3.1 GB."""
 _FEW_ROWS = 512
-"""Up to this many rows, `take` copies each row by itself; more are grouped by file."""
+"""Up to this many rows, `take` copies each row by itself if files are not joined; more are grouped by file."""
 _TAKEN_BYTES = 1 << 26
 _ROWS_AT_ONCE = 4096
 """Rows that `take` decodes together."""
@@ -426,22 +426,22 @@ class FeatureView:
         return StoredPart(stored_KD, exponent_K, unit=self.cosine)  # type: ignore[arg-type]
 
     def _take_many(self, id_K: Int64, out_KF: Float32) -> None:
-        """Write the rows with these ids, which ascend if the files are not joined, into `out_KF`."""
+        """Write the rows with these ids into `out_KF`."""
         dim = self.store.layout.dim
         for i, groups in enumerate(self._group(id_K)):
             take_grouped_rows(groups, out_KF[:, i * dim : (i + 1) * dim], unit=self.cosine)
 
     def _group(self, id_K: Int64) -> Iterator[Sequence[tuple[StoredRows, Int64]]]:
-        """Yield, for each checkpoint, the files of the rows with these ids, and their positions.
+        """Yield, for each checkpoint, the files of the rows with these ids, and their positions, in the same order.
 
-        All files are one group if they are joined. Otherwise, ids must ascend.
+        All files are one group if they are joined. Otherwise, ids that ascend give one group for each file.
         """
         for checkpoint in self.checkpoints:
             joined = self.store.join_rows(checkpoint)
             yield self._split(id_K, checkpoint) if joined is None else [(joined, id_K)]
 
     def _split(self, id_K: Int64, checkpoint: int) -> list[tuple[StoredRows, Int64]]:
-        """Return the files of the rows with these ids, ascending, at a checkpoint, and their positions."""
+        """Return the files of the rows with these ids at a checkpoint, and their positions, in the same order."""
         partition_K, position_K = np.divmod(id_K, self.store.layout.partition_rows)
         starts = np.flatnonzero(np.diff(partition_K, prepend=-1))
         files = self.store.files([(partition, checkpoint) for partition in partition_K[starts].tolist()])
