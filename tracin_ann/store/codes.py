@@ -98,7 +98,8 @@ def read_factors(stored_NW: Bytes, *, unit: bool) -> Float32:
     """Return the factors [N] of stored rows, or their unit factors."""
     start = _FACTOR.itemsize * unit
     column_NW = np.ascontiguousarray(stored_NW[:, start : start + _FACTOR.itemsize])
-    return column_NW.view(_FACTOR)[:, 0].astype(np.float32, copy=False)
+    # A view of a single row would keep the stride of the rows.
+    return column_NW.reshape(-1).view(_FACTOR).astype(np.float32, copy=False)
 
 
 def decode_levels(code_BW: Bytes, bits: int, out_BD: Float32) -> None:
