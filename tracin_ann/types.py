@@ -116,8 +116,10 @@ class StoredRows(Protocol):
 class StoredCandidates(Protocol):
     """A `RowSource` that also gives the rows with some ids in their stored format."""
 
-    def take_stored(self, ids: Int64) -> Sequence[StoredPart | CodedPart]:
-        """Return the rows with these ids, increasing; their columns are those of the parts, one part after the other.
+    def take_stored(self, ids: Int64) -> Iterator[StoredPart | CodedPart]:
+        """Yield the parts whose columns, one part after the other, are those of the rows with these ids, increasing.
+
+        A part may be overwritten when the same thread takes other rows, those of the next part among them.
 
         Raises:
             KeyError: the source has no row with one of the ids.

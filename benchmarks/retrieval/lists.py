@@ -72,7 +72,7 @@ class First:
     def take(self, ids: Sequence[int] | Int64) -> Float32:
         return self.view.take(ids)
 
-    def take_stored(self, ids: Int64) -> list[StoredPart | CodedPart]:
+    def take_stored(self, ids: Int64) -> Iterator[StoredPart | CodedPart]:
         return self.view.take_stored(ids)
 
 

@@ -9,7 +9,7 @@ Shapes: Q queries, M candidates of each, P pairs of a query and a row, U differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ def score_candidates(source: RowSource, queries_QF: Float32, ids_QM: Int64) -> F
     pairs, multiply = _Pairs.sort(ids_QM), _Multiplier(queries_QF)
     score_P = np.zeros(ids_QM.size, np.float32)
 
-    def write(rows: slice, parts: Sequence[StoredPart | CodedPart]) -> None:
+    def write(rows: slice, parts: Iterable[StoredPart | CodedPart]) -> None:
         pair_P, place_P = pairs.select(rows)
         with np.errstate(over="ignore", invalid="ignore"):
             score_P[pair_P] = multiply(parts, place_P, pair_P // ids_QM.shape[1])
@@ -115,7 +115,7 @@ class _Multiplier:
         """Store the queries."""
         self._queries, self._buffer = SplitQueries(torch.from_numpy(np.ascontiguousarray(queries_QF))), PartBuffer()
 
-    def __call__(self, parts: Sequence[StoredPart | CodedPart], place_P: Int64, query_P: Int64) -> Float64:
+    def __call__(self, parts: Iterable[StoredPart | CodedPart], place_P: Int64, query_P: Int64) -> Float64:
         """Return the inner products [P] of rows, whose columns are in the parts, and queries at these places."""
         score_P = np.zeros(len(place_P))
         for part, queries in self._queries.match(parts):

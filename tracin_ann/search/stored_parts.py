@@ -8,7 +8,7 @@ Shapes: Q queries, B rows of a block, D columns of a part.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -139,7 +139,7 @@ class SplitQueries:
         self._queries_QF = queries_QF
         self._scaled: dict[int, PartQueries] = {}
 
-    def match(self, parts: Sequence[StoredPart | CodedPart]) -> Iterator[tuple[StoredPart | CodedPart, PartQueries]]:
+    def match(self, parts: Iterable[StoredPart | CodedPart]) -> Iterator[tuple[StoredPart | CodedPart, PartQueries]]:
         """Yield each part with the queries' columns of it."""
         start = 0
         for part in parts:

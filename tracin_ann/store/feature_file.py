@@ -131,7 +131,7 @@ class FileRecord:
 class FeatureFile(StoredRows):
     """An open feature file: features memory-mapped, the small columns in memory.
 
-    Position 0 is row `header.start`. An open file uses 23 bytes of memory per row, and no file descriptor.
+    Position 0 is row `header.start`. An open file uses 24 bytes of memory per row, and no file descriptor.
     """
 
     path: Path

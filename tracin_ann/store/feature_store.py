@@ -403,8 +403,10 @@ class FeatureView:
         files = {keys[start][0]: opened[start : start + n_parts] for start in range(0, len(keys), n_parts)}
         return take_rows([files[partition] for partition in partition_K], position_K, unit=self.cosine)
 
-    def take_stored(self, ids: Int64) -> list[StoredPart | CodedPart]:
-        """Return the rows with these ids, increasing, in their stored format: one part for each checkpoint.
+    def take_stored(self, ids: Int64) -> Iterator[StoredPart | CodedPart]:
+        """Yield the rows with these ids, increasing, in their stored format: one part for each checkpoint.
+
+        A part may be overwritten when the same thread takes other rows, those of the next part among them.
 
         Raises:
             KeyError: an id is outside 0..N-1.
@@ -413,9 +415,10 @@ class FeatureView:
         layout, id_K = self.store.layout, self._check_ids(ids)
         if self.cosine and layout.dtype == "float32":
             # Squares of stored float32 numbers can overflow or underflow; `take` scales them first.
-            return [StoredPart(self._take_sorted(id_K), np.zeros(len(id_K), np.int16))]
-        gathered = [gather_stored(groups) for groups in self._group(id_K)] if len(id_K) else []
-        return [self._wrap_stored(stored_KD, exponent_K) for stored_KD, exponent_K in gathered]
+            yield StoredPart(self._take_sorted(id_K), np.zeros(len(id_K), np.int16))
+        elif len(id_K):
+            for groups in self._group(id_K):
+                yield self._wrap_stored(*gather_stored(groups))
 
     def _wrap_stored(self, stored_KD: Stored, exponent_K: Int16) -> StoredPart | CodedPart:
         """Return stored rows of a checkpoint as a part of this view's rows."""

@@ -20,7 +20,7 @@ from tracin_ann.types import Int64
 
 VERSION = 3
 """Of files with numbers; those with codes have the next one, so that earlier versions of the library say why."""
-ROW_INFO = np.dtype([("checksum", "<u8"), ("exponent", "<i2")])
+ROW_INFO = np.dtype([("checksum", "<u8"), ("exponent", "<i2"), ("verified", "?")])
 _DENSE_SHARE = 1 / 8
 """The checksum of a block takes less time than those of this share of its rows."""
 
@@ -77,7 +77,8 @@ class StoredRows(ABC):
     Attributes:
         header: the header of their file, or that which a file of all rows would have.
         stored_ND: the stored features, memory-mapped.
-        row_info_N: checksum and exponent of each row, in one array of records: both are needed for every row taken.
+        row_info_N: checksum and exponent of each row, and whether the row has been verified since the file was opened,
+            in one array of records: all are needed for every row taken.
         verified_blocks: which blocks have been verified since the file was opened, bool [ceil(N / block_rows)].
         block_checksum: the checksum of each block.
     """
@@ -99,7 +100,7 @@ class StoredRows(ABC):
         return self.row_info_N["checksum"]
 
     def find_unverified(self, position_K: Int64) -> npt.NDArray[np.bool_]:
-        """Return which of the rows at these positions are in no verified block [K].
+        """Return which of the rows at these positions [K] are not verified, neither alone nor with their block.
 
         A block with many of the rows is verified first, which takes less time than to verify these. If one of its rows
         is altered, it remains unverified.
@@ -108,11 +109,17 @@ class StoredRows(ABC):
             return np.zeros(len(position_K), dtype=bool)
         size = self.header.block_rows
         block_K = position_K // size
-        count = np.bincount(block_K[~self.verified_blocks[block_K]])
+        unverified_K: npt.NDArray[np.bool_] = ~(self.verified_blocks[block_K] | self.row_info_N["verified"][position_K])
+        count = np.bincount(block_K[unverified_K])
         for block in np.flatnonzero(count >= _DENSE_SHARE * size).tolist():
             rows = self.stored_ND[block * size : (block + 1) * size]
             self.verified_blocks[block] = checksum(rows) == self.block_checksum[block]
-        return ~self.verified_blocks[block_K]
+        unverified_K &= ~self.verified_blocks[block_K]
+        return unverified_K
+
+    def remember_verified(self, position_K: Int64) -> None:
+        """Store that the rows at these positions are verified."""
+        self.row_info_N["verified"][position_K] = True
 
     @abstractmethod
     def alteration_error(self, positions: Int64) -> DamagedIndexError:

@@ -5,7 +5,10 @@ Shapes: C checkpoints, D sketch dimension of a checkpoint, K rows.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,8 @@ from tracin_ann.store.codec import Int16, Stored, decode_rows, describe_storage,
 from tracin_ann.store.feature_file import FeatureFile
 from tracin_ann.store.stored_rows import ROW_INFO, StoredRows
 from tracin_ann.types import Float32, Int64
+
+_KEPT_BYTES = 16 << 20
 
 
 def take_rows(files: Sequence[Sequence[FeatureFile]], positions: Sequence[int], *, unit: bool = False) -> Float32:
@@ -80,6 +85,8 @@ def take_grouped_rows(groups: Sequence[tuple[StoredRows, Int64]], out_KD: Float3
 def gather_stored(groups: Sequence[tuple[StoredRows, Int64]]) -> tuple[Stored, Int16]:
     """Return rows of several files of one checkpoint as they are stored, group after group, and their exponents.
 
+    The next call of the same thread may overwrite the rows.
+
     Args:
         groups: rows of a file, or of all files, and positions of some.
 
@@ -89,7 +96,7 @@ def gather_stored(groups: Sequence[tuple[StoredRows, Int64]]) -> tuple[Stored, I
     header = groups[0][0].header
     width, stored_dtype = describe_storage(header.dim, header.dtype)
     starts = np.cumsum([0, *(len(positions) for _, positions in groups)])
-    stored_KD = np.empty((starts[-1], width), dtype=stored_dtype)
+    stored_KD = _memory.provide((int(starts[-1]), width), stored_dtype)
     info_K = np.empty(starts[-1], dtype=ROW_INFO)
     for (file, positions), start, stop in zip(groups, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         # With `clip`, NumPy writes into `out` without a buffer.
@@ -105,7 +112,27 @@ def gather_stored(groups: Sequence[tuple[StoredRows, Int64]]) -> tuple[Stored, I
 
     if len(place_U):
         _check_rows(stored_KD[place_U], info_K[place_U], find_place)
+        for file, positions in groups:
+            file.remember_verified(positions)
     return stored_KD, info_K["exponent"]
+
+
+class _Memory(threading.local):
+    """Memory that each thread keeps for rows: the system takes longer to provide new memory than to copy the rows."""
+
+    def __init__(self) -> None:
+        # The system provides pages when they are first written.
+        self._kept = np.empty(_KEPT_BYTES, np.uint8)
+
+    def provide(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Return an array, in new memory if it is larger than the memory that is kept."""
+        n_bytes = math.prod(shape) * dtype.itemsize
+        if n_bytes > _KEPT_BYTES:
+            return np.empty(shape, dtype)
+        return self._kept[:n_bytes].view(dtype).reshape(shape)
+
+
+_memory = _Memory()
 
 
 def _check_rows(
