@@ -61,7 +61,7 @@ class CodedScanParams:
     """
 
     width: int | None = None
-    bits: int = 2048
+    bits: int = 1536
     seed: int = 0
     shards: int = 1
 
@@ -124,8 +124,8 @@ class CodedScan(RescoredIndex):
     name = "coded scan"
     OTHER_FILES = ("codes.npz", "codes.json")
     FILES = ("codes.faiss", *OTHER_FILES)
-    # Codes of language models' features are coarse: with 1.25, 1.5% of the true opponents among 1,000 are missed.
-    candidates_per_result = 2.0
+    # The best 1,000 of 1,500 contain as many of the true ten as those of 2,000 or 3,000; see docs/design.md#codes.
+    candidates_per_result = 1.5
     rescores_budget = True
 
     def __init__(
