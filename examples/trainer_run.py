@@ -52,7 +52,7 @@ def make_tokenizer(texts: list[str]) -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **SPECIAL)
 
 
-def train(data: str, out: str, rows: int) -> float:
+def train(data: str, out: str, rows: int, layers: int = 2) -> float:
     """Train, save the data and a checkpoint after each epoch, and return the accuracy on the dev set."""
     records = {"train": read(data, "train")[:rows], "dev": read(data, "dev")}
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def train(data: str, out: str, rows: int) -> float:
     config = tf.BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=128,
         max_position_embeddings=64,
@@ -107,10 +107,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="folder of the sentences")
     parser.add_argument("--out", default="runs/trainer", help="directory for the run, index and report")
     parser.add_argument("--rows", type=int, default=ROWS, help="training sentences to use")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model")
     options = parser.parse_args(arguments)
     out = str(Path(f"{options.out}/{options.rows}-rows").resolve())
 
-    accuracy = train(options.data, out, options.rows)
+    accuracy = train(options.data, out, options.rows, options.layers)
     print(f"trained on {options.rows:,} sentences; dev accuracy {accuracy:.1%}")
 
     build(f"{Path(__file__)}:task", f"{out}/index", arguments={"out": out})

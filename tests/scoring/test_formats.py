@@ -13,16 +13,55 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 import oracle
 from tasks import own_ids
 from tasks.own_ids import QUERIES, N, make_numbered_rows, make_task
 from tasks.toy import CONFIG, RATES, Toy, cross_entropy, make_rows, make_toy_task
 from tracin_ann import InfluenceIndex, QueryOptions, build
+from tracin_ann.choices import SCORES, SIDE_NAMES
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import TaskError, UsageError
-from tracin_ann.scoring.formats import HITS, SCHEMA, Fields, open_writer
+from tracin_ann.scoring import Answer, Hit
+from tracin_ann.scoring.formats import HITS, SCHEMA, Fields, answer_line, open_writer, parse_answer_line
 from tracin_ann.store.columns import RowFilter
+
+_IDS = st.integers(0, 2**60) | st.text(max_size=5)
+_NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+_ROWS = st.integers(0, 9)
+_SEVERAL = st.lists(_NUMBERS, max_size=2).map(tuple)
+_HITS = st.lists(
+    st.builds(
+        Hit,
+        id=_IDS,
+        row=_ROWS,
+        score=_NUMBERS,
+        stored_score=st.none() | _NUMBERS,
+        error=st.none() | _NUMBERS,
+        by_checkpoint=_SEVERAL,
+        of_means=_SEVERAL,
+        tokens=st.none() | _SEVERAL,
+        amount=st.none() | _NUMBERS,
+    ),
+    max_size=3,
+).map(tuple)
+_PLACES = st.lists(_ROWS, max_size=2).map(tuple)
+_ANSWERS = st.builds(
+    Answer,
+    query=_IDS,
+    side=st.sampled_from(list(SIDE_NAMES)),
+    members=st.lists(_ROWS, min_size=1, max_size=3).map(tuple),
+    proponents=_HITS,
+    opponents=_HITS,
+    rows_scored=st.just(0),
+    strange=st.booleans(),
+    against=_PLACES,
+    score=st.sampled_from(SCORES),
+    shards=_PLACES,
+    missing_shards=_PLACES,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +87,15 @@ def true_scores(folder: Path) -> np.ndarray:
         [oracle.gradients(net, cross_entropy, make_rows(n, seed)) for net in nets] for n, seed in ((QUERIES, 2), (N, 1))
     )
     return oracle.tracin(torch.stack(asked, 1), torch.stack(train, 1), RATES)
+
+
+@given(_ANSWERS, st.dictionaries(st.tuples(st.sampled_from(list(SIDE_NAMES)), _ROWS), st.text(max_size=3)))
+def test_a_line_is_parsed_to_the_answer_and_the_texts_that_it_was_made_of(answer: Answer, texts: Any) -> None:
+    line = json.loads(json.dumps(answer_line(answer, lambda side, row: texts.get((side, row)))))
+    parsed, found = parse_answer_line(line)
+    assert parsed == answer
+    assert answer_line(parsed, lambda side, row: found.get((side, row))) == line
+    assert found.items() <= texts.items()
 
 
 def run_query(folder: Path, kind: str, *arguments: object) -> Result:

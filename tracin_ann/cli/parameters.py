@@ -14,6 +14,8 @@ import click
 
 from tracin_ann.errors import UsageError, problem
 
+TOKEN_VARIABLE = "TRACIN_SERVE_TOKEN"
+"""The environment variable from which a server and its clients take the token."""
 _MAX_BYTES = 1 << 28
 _MAX_DIGITS = 18
 _MAX_CHECKPOINTS = 100_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,14 +28,14 @@ from tracin_ann.cli.index_options import (
 from tracin_ann.cli.inputs import input_options, open_inputs
 from tracin_ann.cli.messages import format_count, print_field_notes, show_progress
 from tracin_ann.cli.output import Sink, check_report_path, html_option, output_options, write_html
-from tracin_ann.cli.parameters import IdRanges
+from tracin_ann.cli.parameters import TOKEN_VARIABLE, IdRanges
 from tracin_ann.cli.self_influence import write_self_influence
 from tracin_ann.errors import UsageError, problem
 
 if TYPE_CHECKING:
     from tracin_ann.choices import SideName
     from tracin_ann.index import InfluenceIndex
-    from tracin_ann.scoring import Answers, QueryOptions
+    from tracin_ann.scoring import Answers, Fields, QueryOptions
     from tracin_ann.types import ProgressCallback
 
 _MAX_SHOWN = 8
@@ -65,6 +65,7 @@ _EXCLUSIVE = {
     "tracin-query runs/reviews --text 'a slow start, then a fine film' -k 3",
     "tracin-query runs/mnist --self-influence -k 100 --format jsonl",
     "tracin-query runs/mnist --ids 0-99 --html report.html",
+    "tracin-query http://127.0.0.1:8321 --text 'a slow start, then a fine film'",
 )
 @directory_argument
 @click.option("--ids", type=IdRanges(), default=(), help="Queries: rows of query_data, such as 0-9,17.")
@@ -114,6 +115,9 @@ _EXCLUSIVE = {
 @worker_options
 @click.option("--tokens", is_flag=True, help="Split the exact scores of the hits over their tokens.")
 @own_ids_option
+@click.option(
+    "--token", envvar=TOKEN_VARIABLE, show_envvar=True, help="With a URL: the token of the server, if it needs one."
+)
 @output_options
 @html_option
 @click.option("--sketch", help="Fail if the index was built with another sketch.")
@@ -121,13 +125,22 @@ _EXCLUSIVE = {
 @click.option("--seed", type=int, help="Fail if the index was built with another seed.")
 @index_options
 def main(directory: str, form: str | None, output: str | None, html: str | None, **options: object) -> None:
-    """Find proponents and opponents of queries in the index in DIR.
+    """Find proponents and opponents of queries in the index in DIR, or that of a server if DIR is a URL.
 
     Proponents have a positive score: training on them lowered the loss of the query. Opponents have a negative score.
     """
     _reject_unused_options(options)
     sink = Sink.from_options(form, output, html)
     check_report_path(html)
+    if directory.startswith(("http://", "https://")):
+        from tracin_ann.cli.remote import ask_server
+
+        reply = ask_server(directory, options)
+        print_field_notes(_write_batches(reply.batches, reply.fields, reply.n_rows, sink))
+        return
+    if "token" in find_given_options():
+        what, remedy = "--token is for a server", "remove it, or name the address of the server"
+        raise UsageError(problem(what, got=directory, expected="a URL", remedy=remedy))
     # With --exact, the model runs on all rows, and threads wait by PyTorch's default.
     with nullcontext() if options["exact"] else wait_passively():
         index = open_index(directory, options, choose_workers(options))
@@ -162,19 +175,38 @@ def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: S
     )
     chosen = QueryOptions(**{name: options[name] for name in names}, rows=make_row_filter(index, options))  # type: ignore[arg-type]
     inputs, together = open_inputs(index, options), bool(options["together"])
-    summary = _Summary(len(index))
-    reported = Answers((), partial(index.describe, examples=inputs), inputs)
     fields = choose_fields(
         tokens=chosen.tokens, amounts=index.name_score(chosen) in CURVATURES, partial=bool(options["shard_workers"])
     )
-    with sink.open(fields) as write, show_progress("rows") as progress:
-        for answers in _answer_in_batches(index, rows, inputs, chosen, together, progress):
+    reported = Answers((), partial(index.describe, examples=inputs), inputs)
+
+    def collect(answers: Answers) -> Answers:
+        if html is not None:
+            reported.extend(answers)
+        return answers
+
+    with show_progress("rows") as progress:
+        batches = _answer_in_batches(index, rows, inputs, chosen, together, progress)
+        notes = _write_batches(map(collect, batches), fields, len(index), sink)
+    print_field_notes(notes)
+    write_html(reported, html, index, chosen.checkpoints)
+
+
+def _write_batches(batches: Iterable[Answers], fields: Fields, n_rows: int, sink: Sink) -> list[tuple[str, str]]:
+    """Write answers as they come, and return their summary as labels and values.
+
+    Args:
+        batches: the answers.
+        fields: the fields of their records.
+        n_rows: number of training rows.
+        sink: where they are written.
+    """
+    summary = _Summary(n_rows)
+    with sink.open(fields) as write:
+        for answers in batches:
             write(answers)
             summary.add(answers)
-            if html is not None:
-                reported += answers
-    print_field_notes(summary.fields)
-    write_html(reported, html, index, chosen.checkpoints)
+    return summary.fields
 
 
 def _answer_in_batches(

@@ -13,7 +13,7 @@ from tracin_ann.cli.command import command, complete_files, directory_argument
 from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import choose_workers, index_options, worker_options
 from tracin_ann.cli.messages import print_note
-from tracin_ann.cli.parameters import parse_arguments
+from tracin_ann.cli.parameters import TOKEN_VARIABLE, parse_arguments
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.packages import make_missing_package_error
 
@@ -34,7 +34,7 @@ _LONGEST_HEAD = 256 << 10
 )
 @click.option(
     "--token",
-    envvar="TRACIN_SERVE_TOKEN",
+    envvar=TOKEN_VARIABLE,
     show_envvar=True,
     help="What clients have to present; required for a --host that is not a loopback address.",
 )

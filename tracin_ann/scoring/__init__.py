@@ -27,6 +27,7 @@ from tracin_ann.scoring.formats import (
     format_cells,
     join_lines,
     open_writer,
+    parse_answer_line,
 )
 from tracin_ann.scoring.pilot import PILOT_DIM, DimChoice, DimPrediction, DimTarget, run_pilot
 from tracin_ann.scoring.plots import (
@@ -108,6 +109,7 @@ __all__ = [
     "norms_figure",
     "open_score_maker",
     "open_writer",
+    "parse_answer_line",
     "parts_figure",
     "render_png",
     "render_svg",

@@ -11,19 +11,20 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO, TypeVar
 
-from tracin_ann.choices import Format, SideName
+from tracin_ann.choices import SCORES, SIDE_NAMES, Format, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.files import open_output
 from tracin_ann.packages import import_pyarrow, make_missing_package_error
-from tracin_ann.scoring.answers import Answer, Hit
+from tracin_ann.scoring.answers import Answer, Hit, Id
 from tracin_ann.text import escape_control, escape_json, escape_surrogates
 
+T = TypeVar("T")
 SCHEMA = 1
 Record = dict[str, Any]
 # (side, position) -> the row's text from Task.describe, or None.
@@ -91,6 +92,66 @@ def answer_line(answer: Answer, texts: RowText) -> Record:
     for name, hits in (("proponents", answer.proponents), ("opponents", answer.opponents)):
         content[name] = [_drop_missing({**_hit_record(hit), "text": texts("train", hit.row)}) for hit in hits]
     return _drop_missing(content)
+
+
+def parse_answer_line(line: Record) -> tuple[Answer, dict[tuple[SideName, int], str]]:
+    """Return the answer of an object that `answer_line` made, and the texts of rows in it, by (side, position).
+
+    What such an object does not have, `rows_scored` and `how`, is 0 and "".
+
+    Raises:
+        KeyError: a field is missing.
+        TypeError: a field is of another type.
+        ValueError: a value is not one of those that are possible.
+    """
+    side = _choose(line["side"], SIDE_NAMES)
+    members = tuple(map(int, line["rows"])) if "rows" in line else (int(line["row"]),)
+    texts: dict[tuple[SideName, int], str] = {}
+    if "text" in line:
+        texts[side, members[0]] = str(line["text"])
+    for record in (*line["proponents"], *line["opponents"]):
+        if "text" in record:
+            texts["train", int(record["row"])] = str(record["text"])
+    answer = Answer(
+        _parse_id(line["query"]),
+        side,
+        members,
+        tuple(map(_parse_hit, line["proponents"])),
+        tuple(map(_parse_hit, line["opponents"])),
+        rows_scored=0,
+        strange=bool(line.get("strange", False)),
+        against=tuple(map(int, line.get("against", ()))),
+        score=_choose(line.get("score", "tracin"), SCORES),
+        shards=tuple(map(int, line.get("shards", ()))),
+        missing_shards=tuple(map(int, line.get("missing_shards", ()))),
+    )
+    return answer, texts
+
+
+def _parse_hit(record: Record) -> Hit:
+    values: dict[str, Any] = {"id": _parse_id(record["id"]), "row": int(record["row"]), "score": float(record["score"])}
+    values |= {name: float(record[name]) for name in ("stored_score", "error", "amount") if name in record}
+    lists = ("by_checkpoint", "of_means", "tokens")
+    values |= {name: tuple(map(float, record[name])) for name in lists if name in record}
+    return Hit(**values)
+
+
+def _parse_id(value: object) -> Id:
+    if not isinstance(value, int | str):
+        raise TypeError(f"an id of type {type(value).__name__}")
+    return value
+
+
+def _choose(value: object, choices: Iterable[T]) -> T:
+    """Return the one of the choices that is equal to a value.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise ValueError(f"{value!r} is none of {', '.join(map(str, choices))}")
 
 
 def answer_records(answer: Answer, texts: RowText) -> Iterator[Record]:

@@ -89,7 +89,7 @@ async def answer_records(reader: ReaderOfRequest, service: ServiceOfRequest, ask
     options = asked.make_options()
     service.check_limits(len(asked.records), options)
     examples = await reader.run(lambda index: read_records(index.task, asked.records))
-    return _respond(await reader.answer_examples(examples, options))
+    return _respond(await reader.answer_examples(examples, options, together=asked.together))
 
 
 @router.post("/answers/picture", response_model=schemas.AnswersResponse)
@@ -152,8 +152,8 @@ async def show_records(name: str, service: ServiceOfRequest, offset: Offset = 0,
 
 
 def _respond(answered: Answered) -> ApiResponse:
-    how = [answer.how for answer in answered.answers]
-    return ApiResponse(_make_content(answered.generation, answers=answered.lines, how=how))
+    how, scored = zip(*((answer.how, answer.rows_scored) for answer in answered.answers), strict=True)
+    return ApiResponse(_make_content(answered.generation, answers=answered.lines, how=how, rows_scored=scored))
 
 
 def _make_content(generation: int, **fields: Any) -> Record:

@@ -89,6 +89,7 @@ class ExampleQuery(SearchFields):
     """Queries that are not in the index: records for the task's `read_query`, such as `{"text": "a fine film"}`."""
 
     records: list[dict[str, Any]] = Field(min_length=1)
+    together: bool = Field(False, description="One answer, to the mean of the gradients of the queries.")
 
 
 class ExactJob(Filters):
@@ -277,11 +278,12 @@ class SingleRow(Response):
 
 
 class AnswersResponse(Response):
-    """Answers, each as a line of `tracin-query --format jsonl`, and for each how it was found."""
+    """Answers, each as a line of `tracin-query --format jsonl`; and for each how it was found, and the rows scored."""
 
     generation: int
     answers: list[dict[str, Any]]
     how: list[str]
+    rows_scored: list[int] = Field(description="Stored rows and centroids that the search compared.")
 
 
 class RecordsPage(Response):

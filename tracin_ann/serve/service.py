@@ -183,7 +183,9 @@ class Reader:
         )
         return await self._service.ask(question)
 
-    async def answer_examples(self, examples: Sequence[Any], options: QueryOptions | None = None) -> Answered:
+    async def answer_examples(
+        self, examples: Sequence[Any], options: QueryOptions | None = None, *, together: bool = False
+    ) -> Answered:
         """Return the answers of examples that are not in the index, as `InfluenceIndex.query_examples` does.
 
         Raises:
@@ -194,7 +196,7 @@ class Reader:
         options = options or QueryOptions()
         self._service.check_limits(len(examples), options)
         rows = tuple(range(len(examples)))
-        return await self._service.ask(_Question(self._index, "input", rows, options, examples))
+        return await self._service.ask(_Question(self._index, "input", rows, options, examples, together))
 
     def start_job(self, work: Work) -> Job:
         """Start slow work on this generation.
@@ -417,7 +419,7 @@ def _read_texts(index: InfluenceIndex, answers: Answers) -> RowText:
 def _answer(question: _Question, rows: tuple[int, ...]) -> Answers:
     index, options = question.index, question.options
     if question.examples is not None:
-        return index.query_examples(question.examples, options)
+        return index.query_examples(question.examples, options, together=question.together)
     if question.against:
         return index.contrast(rows, question.against, question.side, options)
     if question.side == "train":
