@@ -1,4 +1,4 @@
-"""Tables of the latency and throughput of tracin-serve."""
+"""Tables of the latency and throughput of tracin-serve, and of texts that are typed on the command line."""
 
 from __future__ import annotations
 
@@ -27,4 +27,18 @@ def serving() -> str:
     return compose(scope, format_table(*rows), format_table(*pages), format_environment(content))
 
 
-TABLES = (serving,)
+def typed_text() -> str:
+    """Return the time until a text that is typed on the command line is answered."""
+    content = read_results("typed_text")
+    settings = content["settings"]
+    rows: list[Row] = [("command", "median, s", "fastest, s")]
+    for row in content["results"]:
+        rows.append((f"`{row['command']}`", f"{row['median_s']:.2f}", f"{row['fastest_s']:.2f}"))
+    scope = (
+        f"a BERT of {settings['layers']} layers on {settings['rows']:,} sentences; each command as a new process; "
+        f"{settings['rounds']} rounds, each with one run of every command and another text."
+    )
+    return compose(scope, format_table(*rows), format_environment(content))
+
+
+TABLES = (serving, typed_text)
