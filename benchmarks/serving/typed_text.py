@@ -57,6 +57,7 @@ def run_server(index: Path) -> Iterator[str]:
             lines = [process.stderr.readline()]
             address = re.search(r"http://\S+:\d+", lines[0])
             if address is None:
+                process.kill()
                 raise SystemExit(f"the server did not start: {lines[0]}{process.stderr.read()}")
             yield address[0]
         finally:

@@ -107,7 +107,6 @@ def test_padding_and_unknown_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_amount")
-@pytest.mark.usefixtures("_amount")
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("n_queries", [1, 4])
 def test_a_single_row(tmp_path: Path, dtype: str, n_queries: int) -> None:
@@ -117,6 +116,7 @@ def test_a_single_row(tmp_path: Path, dtype: str, n_queries: int) -> None:
     assert (np.abs(score_candidates(view, queries, ids_Q1) - expected) <= 2e-6 * reach).all()
 
 
+@pytest.mark.usefixtures("_amount")
 @pytest.mark.parametrize("n_queries", [1, 4])
 def test_an_overflow_is_infinite(tmp_path: Path, n_queries: int) -> None:
     view = write_store(tmp_path, np.full((N, DIM), 2.0**110, np.float32), "float16").view()

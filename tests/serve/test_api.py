@@ -147,6 +147,23 @@ def test_exact_scores_of_all_rows(client, index):
     assert state["state"] == "done"
 
 
+@pytest.mark.parametrize(
+    ("address", "parameters"),
+    [
+        ("/index", {}),
+        ("/rows/train", {}),
+        ("/rows/train/1", {}),
+        ("/answers", {"rows": 1}),
+        ("/explanations", {"row": 1, "query": 1}),
+    ],
+)
+def test_a_request_can_continue_the_current_generation(client, address, parameters):
+    found = client.get(API + address, params=parameters)
+    again = client.get(API + address, params=parameters | {"generation": found.json()["generation"]})
+    assert again.status_code == 200, again.text
+    assert client.get(API + address, params=parameters | {"generation": 7}).status_code == 409
+
+
 ERRORS = [
     ("/rows/train/40", {}, 404),
     ("/rows/query/-1", {}, 404),

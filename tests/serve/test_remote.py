@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from explorer import Place, listen, read_query
+from explorer import N_TRAIN, Place, build_place, listen, read_query
 from invocation import run
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.query import main
+from tracin_ann.cli.remote import _Questions
 from tracin_ann.cli.table import print_results
-from tracin_ann.scoring import Answers, open_writer
+from tracin_ann.scoring import Answer, Answers, open_writer
 from tracin_ann.serve import Settings, create_app
 from tracin_ann.store import RowFilter
 
@@ -53,12 +54,20 @@ def lines_of(answers: Answers) -> list[dict[str, Any]]:
     return json.loads(json.dumps(answers.lines()))
 
 
-def fail(status: int, *words: object) -> str:
-    """Return the only line of a command that fails."""
-    result = run(main, *words)
-    assert (result.exit_code, result.stdout) == (status, "")
+def fail(status: int, *words: object, printed: int = 0) -> str:
+    """Return the only line on stderr of a command that fails, after it has printed the answers to some queries."""
+    result = run(main, *words, "--format", "jsonl")
+    assert (result.exit_code, len(result.stdout.splitlines())) == (status, printed)
     (line,) = result.stderr.splitlines()
     return line
+
+
+def assert_close(lines: list[dict[str, Any]], answers: list[Answer]) -> None:
+    """Compare answers up to rounding, which other queries in a batch change."""
+    for line, answer in zip(lines, answers, strict=True):
+        assert (line["query"], line["side"]) == (answer.query, answer.side)
+        scores = {hit["row"]: hit["score"] for hit in [*line["proponents"], *line["opponents"]]}
+        assert scores == pytest.approx({hit.row: hit.score for hit in answer.hits}, rel=1e-5)
 
 
 def test_rows_of_both_sides(address: str, index: InfluenceIndex) -> None:
@@ -92,8 +101,9 @@ def test_options(address: str, index: InfluenceIndex, words: list[object], optio
 
 
 def test_examples_of_files_and_texts(address: str, index: InfluenceIndex, new: Path) -> None:
-    examples = [read_query(record) for record in [*NEW, {"text": "twenty"}]]
-    assert ask(address, "--input", new, "--text", "twenty") == lines_of(index.query_examples(examples))
+    found = ask(address, "--input", new, "--text", "twenty")
+    assert [line["row"] for line in found] == [0, 1, 2, 3]
+    assert_close(found, index.query_examples([read_query(record) for record in [*NEW, {"text": "twenty"}]]))
 
 
 def test_a_request_has_as_many_queries_as_the_server_allows(place: Place, index: InfluenceIndex, new: Path) -> None:
@@ -101,13 +111,8 @@ def test_a_request_has_as_many_queries_as_the_server_allows(place: Place, index:
         found = ask(address, "--ids", "0-4,7", "--input", new, "--text", "twenty", "--train-ids", "5")
         assert "got 3, expected at most 2" in fail(2, address, "--ids", "0-2", "--together")
     examples = [read_query(record) for record in [*NEW, {"text": "twenty"}]]
-    expected = [*index.query_examples(examples), *index.query([0, 1, 2, 3, 4, 7], [5])]
     assert [line["row"] for line in found] == [0, 1, 2, 3, 0, 1, 2, 3, 4, 7, 5]
-    for line, answer in zip(found, expected, strict=True):
-        assert (line["query"], line["side"]) == (answer.query, answer.side)
-        # Other queries in a batch change how sums are rounded.
-        scores = {hit["row"]: hit["score"] for hit in [*line["proponents"], *line["opponents"]]}
-        assert scores == pytest.approx({hit.row: hit.score for hit in answer.hits}, rel=1e-5)
+    assert_close(found, [*index.query_examples(examples), *index.query([0, 1, 2, 3, 4, 7], [5])])
 
 
 def test_pictures(address: str, index: InfluenceIndex, tmp_path: Path) -> None:
@@ -188,10 +193,42 @@ def test_what_the_server_rejects_is_reported_as_by_an_open_index(address: str, p
 def test_a_record_that_json_cannot_represent(address: str, tmp_path: Path) -> None:
     table = pa.table({"text": ["one"], "when": pa.array([1], pa.timestamp("s"))})
     pq.write_table(table, tmp_path / "new.parquet")
-    line = fail(2, address, "--input", tmp_path / "new.parquet")
-    assert line.startswith(
-        "error: a record has no JSON: got Object of type datetime is not JSON serializable, expected"
-    )
+    for more in ([], ["--together"]):
+        line = fail(2, address, "--input", tmp_path / "new.parquet", *more)
+        assert line.startswith("error: record 0 of ") and " has no JSON: got Object of type datetime is not" in line
+
+
+def test_an_example_that_the_task_refuses_is_named(place: Place, new: Path, tmp_path: Path) -> None:
+    path = tmp_path / "more.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["one", "two", "three", "refused"]))
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with listen(create_app(place.location, Settings(most_rows=2))) as address:
+        line = fail(1, address, "--input", new, "--input", path, printed=5)
+        assert line.startswith(f"error: {path}: Task.read_query fails on record 3: got KeyError")
+        assert "--text: Task.read_query fails on record 1" in fail(1, address, "--text", "one", "--text", "refused")
+        line = fail(1, address, "--input", tmp_path / "bad.png")
+        assert line.startswith(
+            f"error: {tmp_path}/bad.png: the picture cannot be read: got UnidentifiedImageError, exp"
+        )
+
+
+def test_requests_stay_below_the_largest_size(place: Place, index: InfluenceIndex, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    texts = ["x" * length for length in (1500, 1600, 10, 1700)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "large.png").write_bytes(b"x" * 5000)
+    with listen(create_app(place.location, Settings(upload_bytes=4000))) as address:
+        assert [line["row"] for line in ask(address, "--input", path)] == [0, 1, 2, 3]
+        line = fail(2, address, "--input", path, "--together")
+        assert line.startswith("error: all records: too large for a request: got 4,")
+        line = fail(2, address, "--text", "one", "--text", "y" * 3500)
+        assert line.startswith("error: record 1 of --text: too large for a request: got 3,5")
+        line = fail(2, address, "--input", tmp_path / "large.png")
+        assert line.startswith(
+            f"error: {tmp_path}/large.png: too large for a request: got 5,000 bytes, expected at most"
+        )
+        line = fail(2, address, "--ids", "0", "--where", "name=" + "x" * 60_000)
+        assert line.startswith("error: the options are too long for a request: got 60,")
 
 
 def test_together_takes_rows_of_one_kind(address: str, tmp_path: Path) -> None:
@@ -207,14 +244,71 @@ def test_a_token(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(ask(address, "--ids", "0", "--token", TOKEN)) == 1
         monkeypatch.setenv("TRACIN_SERVE_TOKEN", TOKEN)
         assert len(ask(address, "--ids", "0")) == 1
+    monkeypatch.delenv("TRACIN_SERVE_TOKEN")
     assert "--token is for a server: got runs" in fail(2, "runs", "--ids", "0", "--token", TOKEN)
+
+
+@pytest.mark.parametrize("token", ["secret\n", "secret\r\nX: y", "secret word", "secr\xe9t", "\N{SNOWMAN}secret"])
+def test_a_token_that_no_header_can_have_is_not_shown(token: str) -> None:
+    line = fail(2, "http://127.0.0.1:1", "--ids", "0", "--token", token)
+    assert line.startswith("error: bad --token: got a character that a header cannot have") and "secr" not in line
+
+
+@pytest.mark.parametrize(
+    "address", ["http://", "http://:80", "http://h:port", "http://h:70000", "http://h:0", "http://h?x=1", "http://h#x"]
+)
+def test_a_malformed_address(address: str) -> None:
+    line = fail(2, address, "--ids", "0", "--token", TOKEN)
+    assert line == (f"error: bad address of a server: got {address}, expected http://HOST:PORT; correct the address")
+
+
+def test_an_address_with_a_password_is_not_shown() -> None:
+    line = fail(2, "http://user:secret@127.0.0.1:1", "--ids", "0")
+    assert "bad address of a server: got a user name in it" in line and "secret" not in line
+
+
+def test_an_address_without_a_scheme_and_in_capitals(address: str) -> None:
+    short = address.removeprefix("http://")
+    assert fail(2, short, "--ids", "0").endswith(f"; write http://{short}")
+    assert len(ask(address.replace("http", "HTTP"), "--ids", "0")) == 1
+
+
+def test_options_that_are_not_utf8(address: str) -> None:
+    line = fail(2, address, "--ids", "0", "--where", "name=\udcff")
+    assert line == r"error: an option is not UTF-8 text: got '\udcff', expected UTF-8; correct it"
+
+
+def test_two_scores(address: str) -> None:
+    assert "two scores: got --cosine and --score fisher" in fail(
+        2, address, "--ids", "0", "--score", "fisher", "--cosine"
+    )
+
+
+def test_a_proxy_is_not_used_for_this_machine(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert len(ask(address, "--ids", "0")) == 1
+
+
+def test_requests_of_one_command_read_one_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = build_place(tmp_path)
+    read = _Questions._read_answers
+
+    def append(self: Any, *arguments: Any) -> Any:
+        if len(place.open()) == N_TRAIN:
+            place.append(2)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(_Questions, "_read_answers", append)
+    with listen(create_app(place.location, Settings(most_rows=2))) as address:
+        assert "the index has changed: got generation 1, expected generation 2" in fail(
+            1, address, "--ids", "0-3", printed=2
+        )
+        assert len(ask(address, "--ids", "0-3")) == 4
 
 
 def test_no_server(address: str) -> None:
     line = fail(1, "http://127.0.0.1:1", "--ids", "0")
-    assert line.startswith("error: cannot reach http://127.0.0.1:1: got [Errno 111] Connection refused, expected a run")
-    assert fail(1, "http://127.0.0.1:port", "--ids", "0").startswith("error: cannot reach http://127.0.0.1:port: got ")
-    assert fail(1, "http://", "--ids", "0").startswith("error: cannot reach http://: got ")
+    assert line.startswith("error: cannot reach http://127.0.0.1:1: got ConnectionRefusedError: [Errno 111] Connect")
     assert fail(1, f"{address}/other", "--ids", "0").startswith(f"error: {address}/other does not reply as expected")
 
 
@@ -246,7 +340,8 @@ def reply(status: int, content: bytes, **headers: str) -> Iterator[tuple[str, li
         server.server_close()
 
 
-ABOUT = {"rows": 40, "query_rows": 12, "limits": {"rows": 100}, "default_score": "tracin"}
+LIMITS = {"rows": 100, "bytes": 10_000}
+ABOUT = {"rows": 40, "query_rows": 12, "limits": LIMITS, "default_score": "tracin", "generation": 1}
 HIT = {"id": 3, "row": 3, "score": 1.5}
 LINE = {"query": 0, "side": "query", "row": 0, "proponents": [HIT], "opponents": []}
 
@@ -260,7 +355,20 @@ LINE = {"query": 0, "side": "query", "row": 0, "proponents": [HIT], "opponents":
         b"[]",
         b"{}",
         json.dumps(ABOUT).encode(),
-        json.dumps(ABOUT | {"rows": "many"}).encode(),
+        b"[" * 100_000,
+        *(
+            json.dumps(ABOUT | {"answers": [LINE], "how": ["scan"], "rows_scored": [1]} | change).encode()
+            for change in (
+                {"rows": "many"},
+                {"rows": float("inf")},
+                {"limits": LIMITS | {"rows": 0}},
+                {"limits": {}},
+                {"answers": [], "how": [], "rows_scored": []},
+                {"answers": [LINE] * 2, "how": ["scan"] * 2, "rows_scored": [1] * 2},
+                {"how": []},
+                {"rows_scored": [float("inf")]},
+            )
+        ),
         *(
             json.dumps(ABOUT | {"answers": [LINE | change], "how": ["scan"], "rows_scored": [1]}).encode()
             for change in (
@@ -270,12 +378,14 @@ LINE = {"query": 0, "side": "query", "row": 0, "proponents": [HIT], "opponents":
                 {"score": "unknown"},
                 {"proponents": [HIT | {"score": "high"}]},
                 {"proponents": [{"id": 1}]},
+                {"proponents": [HIT | {"score": 10**400}]},
+                {"proponents": [HIT | {"row": 10**30}]},
                 {"proponents": 3},
+                {"rows": [], "text": "a"},
             )
         ),
-        json.dumps(ABOUT | {"answers": [LINE], "how": [], "rows_scored": [1]}).encode(),
     ],
-    ids=str,
+    ids=lambda content: content[:5] + content[-40:],
 )
 def test_another_reply_than_that_of_a_server(content: bytes) -> None:
     with reply(200, content) as (address, _):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from tracin_ann.types import ProgressCallback
 
 _MAX_SHOWN = 8
+_HOST = re.compile(r"[\w.-]+:[0-9]+/?")
 _LOT = 512
 """Queries answered at once."""
 _EXCLUSIVE = {
@@ -132,12 +135,15 @@ def main(directory: str, form: str | None, output: str | None, html: str | None,
     _reject_unused_options(options)
     sink = Sink.from_options(form, output, html)
     check_report_path(html)
-    if directory.startswith(("http://", "https://")):
+    if directory.lower().startswith(("http://", "https://")):
         from tracin_ann.cli.remote import ask_server
 
         reply = ask_server(directory, options)
         print_field_notes(_write_batches(reply.batches, reply.fields, reply.n_rows, sink))
         return
+    if _HOST.fullmatch(directory) and not Path(directory).exists():
+        what, expected = "no index there", "DIR, or the address of a server with http://"
+        raise UsageError(problem(what, got=directory, expected=expected, remedy=f"write http://{directory}"))
     if "token" in find_given_options():
         what, remedy = "--token is for a server", "remove it, or name the address of the server"
         raise UsageError(problem(what, got=directory, expected="a URL", remedy=remedy))

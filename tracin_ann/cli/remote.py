@@ -6,6 +6,7 @@ neither the task nor its libraries.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ import click
 from tracin_ann.choices import CURVATURES
 from tracin_ann.cli.command import find_given_options
 from tracin_ann.cli.imports import pause_collector
-from tracin_ann.cli.index_options import Options
+from tracin_ann.cli.index_options import Options, choose_score
 from tracin_ann.cli.parameters import Positions
 from tracin_ann.cli.server_client import Json, ServerClient
-from tracin_ann.errors import UsageError, problem
+from tracin_ann.errors import TaskError, UsageError, problem
 
 if TYPE_CHECKING:
     from tracin_ann.choices import SideName
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _SENT = ("k", "rerank", "search", "recall", "damping")
 """Options that are fields of the API with the same name."""
+_OTHER_BYTES = 1000
+"""Of a request, besides the fields and the examples."""
 _LOCAL = (
     *("exact", "tokens", "candidates", "self_influence", "html", "sketch", "dim", "seed"),
     *("task", "task_args", "batch_size", "memory_bytes", "device"),
@@ -69,7 +72,7 @@ def ask_server(address: str, options: Options) -> Reply:
     first = next(batches)
     fields = choose_fields(
         tokens=False,
-        amounts=questions.score in CURVATURES,
+        amounts=questions.has_amounts,
         partial=any(answer.shards for answer in first),
     )
     return Reply(questions.n_rows["train"], fields, chain([first], batches))
@@ -94,34 +97,69 @@ def _reject_local_options(address: str, options: Options) -> None:
 
 
 @dataclass(frozen=True)
+class _Group:
+    """Examples of one request.
+
+    Attributes:
+        name: the file that they are from, or `--text`; "" if they are from several.
+        first: the position of the first one in it.
+        records: the records, or the bytes of a picture.
+    """
+
+    name: str
+    first: int
+    records: list[Json] | bytes
+
+    @property
+    def size(self) -> int:
+        """Return the number of examples."""
+        return 1 if isinstance(self.records, bytes) else len(self.records)
+
+
+@dataclass(frozen=True)
 class _Questions:
     """The queries of a command, and what the server needs to answer them.
 
     Attributes:
         client: the server.
         options: those of the command.
+        score: the name of the score; None: that of the index.
+        about: the server's description of the index.
         n_rows: number of rows of the sides `train` and `query`.
         limit: queries of a request at most.
-        score: the name of the score.
+        most_bytes: bytes of a request at most.
     """
 
     client: ServerClient
     options: Options
+    score: str | None
+    about: Json
     n_rows: dict[str, int]
     limit: int
-    score: str
+    most_bytes: int
 
     @classmethod
     def describe(cls, client: ServerClient, options: Options) -> _Questions:
-        """Return the queries of a command to a server, which tells the size of its index and its limits."""
-        about = client.get("index")
+        """Return the queries of a command to a server, which tells the size of its index and its limits.
+
+        Raises:
+            UsageError: the options name two scores.
+        """
+        score, about = choose_score(options), client.get("index")
         with client.check_reply():
             # A server without its task does not know the queries, and says what is wrong when it is asked.
             n_queries = sys.maxsize if about["query_rows"] is None else int(about["query_rows"])
             n_rows = {"train": int(about["rows"]), "query": n_queries}
-            limit, score = int(about["limits"]["rows"]), str(about["default_score"])
-        named = "cosine" if options["cosine"] else options["score"]
-        return cls(client, options, n_rows, limit, named or score)
+            limit, most_bytes = (int(about["limits"][name]) for name in ("rows", "bytes"))
+            if limit < 1:
+                raise ValueError(f"at most {limit} queries")
+            _ = about["generation"], about["default_score"]
+        return cls(client, options, score, about, n_rows, limit, most_bytes)
+
+    @property
+    def has_amounts(self) -> bool:
+        """Return whether hits have estimated changes of the loss."""
+        return (self.score or self.about["default_score"]) in CURVATURES
 
     def ask(self) -> Iterator[Answers]:
         """Yield the answers: of examples that are not in the index, of rows of query_data, and of training rows."""
@@ -130,19 +168,25 @@ class _Questions:
         self._check_together(len(rows))
         start = 0
         for group in self._group_examples():
-            yield self._read_answers(self._send_examples(group), start)
-            start += 1 if isinstance(group, bytes) else len(group)
+            yield self._read_answers(self._send_examples(group), start, group.size)
+            start += group.size
         if not start and not rows:
             # The server says that there is no query.
             rows = {"query": ()}
         for side, members in rows.items():
             for at in range(0, max(1, len(members)), self._step):
-                yield self._read_answers(self._send_rows(side, members[at : at + self._step]), 0)
+                part = members[at : at + self._step]
+                yield self._read_answers(self._send_rows(side, part), 0, len(part))
+
+    @property
+    def _is_single(self) -> bool:
+        """Return whether all queries have one answer."""
+        return bool(self.options["together"] or self.options["against"])
 
     @property
     def _step(self) -> int:
-        """Return the largest number of queries of a request: all for a mean or a contrast."""
-        return sys.maxsize if self.options["together"] or self.options["against"] else self.limit
+        """Return the largest number of queries of a request."""
+        return sys.maxsize if self._is_single else self.limit
 
     def _check_together(self, n_sides: int) -> None:
         """Check that the server can take the mean of all queries.
@@ -150,37 +194,52 @@ class _Questions:
         Raises:
             UsageError: they are rows of two data sets, or pictures.
         """
-        if self.options["together"] and (n_sides > 1 or any(isinstance(part, Path) for part in self._list_parts())):
+        if self.options["together"] and (n_sides > 1 or any(isinstance(part, Path) for _, part in self._list_parts())):
             what, got = "a server takes the mean of rows of one data set, or of records", "others too"
             remedy = "leave out --together, or name the directory of the index"
             raise UsageError(problem(what, got=got, expected="--ids, --train-ids, or records", remedy=remedy))
 
-    def _list_parts(self) -> list[Path | Sequence[Json]]:
-        """Return the examples of `--input` and `--text`: paths of pictures, and records."""
-        parts: list[Path | Sequence[Json]] = []
+    def _list_parts(self) -> list[tuple[str, Path | Sequence[Json]]]:
+        """Return the examples of `--input` and `--text` with their names: paths of pictures, and records."""
+        parts: list[tuple[str, Path | Sequence[Json]]] = []
         if self.options["input"]:
             from tracin_ann.task import is_image_file, read_records
 
-            parts += [Path(file) if is_image_file(file) else read_records(file) for file in self.options["input"]]
-        return [*parts, [{"text": text} for text in self.options["text"]]]
+            for file in self.options["input"]:
+                parts.append((file, Path(file) if is_image_file(file) else read_records(file)))
+        return [*parts, ("--text", [{"text": text} for text in self.options["text"]])]
 
-    def _group_examples(self) -> Iterator[bytes | list[Json]]:
-        """Yield the examples of `--input` and `--text` by request: a picture, or records."""
-        group: list[Json] = []
-        for part in self._list_parts():
+    def _group_examples(self) -> Iterator[_Group]:
+        """Yield the examples of `--input` and `--text` by request: a picture, or records.
+
+        Raises:
+            UsageError: an example is larger than a request may be, or JSON cannot represent it.
+        """
+        most = self.most_bytes - _OTHER_BYTES - len(json.dumps(self._make_fields()))
+        if self._is_single:
+            parts = [(name, part) for name, part in self._list_parts() if not isinstance(part, Path)]
+            records = [record for _, part in parts for record in part]
+            used = sum(_measure(record, f"{place} of all records") for place, record in enumerate(records))
+            _check_size("all records", used, most)
+            if records:
+                yield _Group("", 0, records)
+            return
+        for name, part in self._list_parts():
             if isinstance(part, Path):
-                if group:
-                    yield group
-                yield part.read_bytes()
-                group = []
+                _check_size(name, part.stat().st_size, most)
+                yield _Group(name, 0, part.read_bytes())
                 continue
-            for record in part:
-                group.append(record)
-                if len(group) == self._step:
+            group, used = _Group(name, 0, []), 0
+            for place, record in enumerate(part):
+                size = _measure(record, f"{place} of {name}")
+                _check_size(f"record {place} of {name}", size, most)
+                if group.size == self._step or used + size > most:
                     yield group
-                    group = []
-        if group:
-            yield group
+                    group, used = _Group(name, place, []), 0
+                group.records.append(record)  # type: ignore[union-attr]
+                used += size
+            if group.records:
+                yield group
 
     def _list_rows(self, name: str, side: SideName) -> tuple[Any, ...]:
         """Return the rows that an option names: positions, or the task's own ids."""
@@ -189,29 +248,37 @@ class _Questions:
 
     def _make_fields(self) -> Json:
         """Return the fields that all requests have."""
-        fields = {name: self.options[name] for name in _SENT}
         only, without = self.options["only"], self.options["without"]
-        return fields | {
-            "score": "cosine" if self.options["cosine"] and not self.options["score"] else self.options["score"],
+        return {name: self.options[name] for name in _SENT} | {
+            "score": self.score,
             "where": list(self.options["where"]),
             "only": None if only is None else self._list_rows("only", "train"),
             "without": self._list_rows("without", "train") if without else [],
             "checkpoints": self.options["checkpoints"],
         }
 
-    def _send_examples(self, group: bytes | list[Json]) -> Json:
-        if isinstance(group, bytes):
-            return self.client.upload("answers/picture", self._make_fields(), group)
-        asked = self._make_fields() | {"records": group, "together": self.options["together"]}
-        return self.client.post("answers", asked)
+    @property
+    def _same(self) -> Json:
+        """Return the parameter by which all requests read one generation of the index."""
+        return {"generation": self.about["generation"]}
+
+    def _send_examples(self, group: _Group) -> Json:
+        fields, records = self._make_fields(), group.records
+        try:
+            if isinstance(records, bytes):
+                return self.client.upload("answers/picture", fields | self._same, records)
+            others = {"records": records, "first": group.first, "together": bool(self.options["together"])}
+            return self.client.post("answers", self._same, fields | others)
+        except TaskError as error:
+            raise type(error)(f"{group.name}: {error}" if group.name else str(error)) from error
 
     def _send_rows(self, side: SideName, members: Sequence[Any]) -> Json:
         named = {"ids" if self.options["own_ids"] else "rows": members}
         against = self._list_rows("against", "query") if self.options["against"] else ()
         others = {"side": side, "together": self.options["together"], "against": against}
-        return self.client.get("answers", self._make_fields() | named | others)
+        return self.client.get("answers", self._make_fields() | named | others | self._same)
 
-    def _read_answers(self, reply: Json, start: int) -> Answers:
+    def _read_answers(self, reply: Json, start: int, n_queries: int) -> Answers:
         """Return the answers of a reply; queries of the side `input` are counted from `start` on."""
         from tracin_ann.scoring import Answers, parse_answer_line
 
@@ -225,6 +292,33 @@ class _Questions:
                 members = tuple(first + row for row in answer.members)
                 found.append(replace(answer, query=query, members=members, how=str(how), rows_scored=int(scored)))
                 texts |= {(side, row + first * (side == "input")): text for (side, row), text in shown.items()}
+            n_expected = 1 if self._is_single else n_queries
+            if len(found) != n_expected:
+                raise ValueError(f"{len(found)} answers to {n_expected} queries")
         answers = Answers(found, lambda side, row: None)
         answers.texts = lambda side, row: texts.get((side, row))
         return answers
+
+
+def _measure(record: Json, place: str) -> int:
+    """Return the bytes of a record in a request.
+
+    Raises:
+        UsageError: JSON cannot represent a value.
+    """
+    try:
+        return len(json.dumps(record)) + len(", ")
+    except (TypeError, ValueError, RecursionError) as error:
+        expected, remedy = "text, numbers, lists and null", "convert its values, or name the directory of the index"
+        raise UsageError(problem(f"record {place} has no JSON", got=error, expected=expected, remedy=remedy)) from error
+
+
+def _check_size(what: str, size: int, most: int) -> None:
+    """Check that examples fit into a request.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if size > most:
+        got, expected, remedy = f"{size:,} bytes", f"at most {most:,}", "name the directory of the index"
+        raise UsageError(problem(f"{what}: too large for a request", got=got, expected=expected, remedy=remedy))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import choose_workers, index_options, worker_options
 from tracin_ann.cli.messages import print_note
 from tracin_ann.cli.parameters import TOKEN_VARIABLE, parse_arguments
+from tracin_ann.cli.server_client import is_loopback
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.packages import make_missing_package_error
 
@@ -74,7 +74,7 @@ def main(  # noqa: PLR0913
         except ImportError as error:
             raise make_missing_package_error("FastAPI", error.name or "fastapi", "the pages", "serve") from error
 
-    is_local = _is_loopback(host)
+    is_local = is_loopback(host)
     _check_token(token, host, is_local=is_local)
     launcher, shard_options = choose_workers(options)
     location = IndexLocation(
@@ -109,13 +109,6 @@ def main(  # noqa: PLR0913
             timeout_graceful_shutdown=5,
         )
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_token(token: str | None, host: str, *, is_local: bool) -> None:

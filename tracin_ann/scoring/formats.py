@@ -30,6 +30,7 @@ Record = dict[str, Any]
 # (side, position) -> the row's text from Task.describe, or None.
 RowText = Callable[[SideName, int], str | None]
 Kind = Literal["id", "int", "float", "bool", "text", "floats"]
+_MOST_ROWS = 2**63
 # Characters that begin a formula in spreadsheets, or that spreadsheets drop before they look for a formula.
 _FORMULA = re.compile(r"[=+\-@\x00-\x1f\x7f-\x9f]")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -103,15 +104,18 @@ def parse_answer_line(line: Record) -> tuple[Answer, dict[tuple[SideName, int], 
         KeyError: a field is missing.
         TypeError: a field is of another type.
         ValueError: a value is not one of those that are possible.
+        OverflowError: a number is too large.
     """
     side = _choose(line["side"], SIDE_NAMES)
-    members = tuple(map(int, line["rows"])) if "rows" in line else (int(line["row"]),)
+    members = tuple(map(_parse_row, line["rows"])) if "rows" in line else (_parse_row(line["row"]),)
+    if not members:
+        raise ValueError("a query without rows")
     texts: dict[tuple[SideName, int], str] = {}
     if "text" in line:
         texts[side, members[0]] = str(line["text"])
     for record in (*line["proponents"], *line["opponents"]):
         if "text" in record:
-            texts["train", int(record["row"])] = str(record["text"])
+            texts["train", _parse_row(record["row"])] = str(record["text"])
     answer = Answer(
         _parse_id(line["query"]),
         side,
@@ -120,7 +124,7 @@ def parse_answer_line(line: Record) -> tuple[Answer, dict[tuple[SideName, int], 
         tuple(map(_parse_hit, line["opponents"])),
         rows_scored=0,
         strange=bool(line.get("strange", False)),
-        against=tuple(map(int, line.get("against", ()))),
+        against=tuple(map(_parse_row, line.get("against", ()))),
         score=_choose(line.get("score", "tracin"), SCORES),
         shards=tuple(map(int, line.get("shards", ()))),
         missing_shards=tuple(map(int, line.get("missing_shards", ()))),
@@ -129,11 +133,19 @@ def parse_answer_line(line: Record) -> tuple[Answer, dict[tuple[SideName, int], 
 
 
 def _parse_hit(record: Record) -> Hit:
-    values: dict[str, Any] = {"id": _parse_id(record["id"]), "row": int(record["row"]), "score": float(record["score"])}
+    values: dict[str, Any] = {"id": _parse_id(record["id"]), "row": _parse_row(record["row"])}
+    values["score"] = float(record["score"])
     values |= {name: float(record[name]) for name in ("stored_score", "error", "amount") if name in record}
     lists = ("by_checkpoint", "of_means", "tokens")
     values |= {name: tuple(map(float, record[name])) for name in lists if name in record}
     return Hit(**values)
+
+
+def _parse_row(value: Any) -> int:
+    row = int(value)
+    if not 0 <= row < _MOST_ROWS:
+        raise ValueError(f"row {row}")
+    return row
 
 
 def _parse_id(value: object) -> Id:

@@ -88,7 +88,7 @@ async def answer_records(reader: ReaderOfRequest, service: ServiceOfRequest, ask
     """Return the proponents and opponents of examples that are not in the index."""
     options = asked.make_options()
     service.check_limits(len(asked.records), options)
-    examples = await reader.run(lambda index: read_records(index.task, asked.records))
+    examples = await reader.run(lambda index: read_records(index.task, asked.records, asked.first))
     return _respond(await reader.answer_examples(examples, options, together=asked.together))
 
 
@@ -96,7 +96,7 @@ async def answer_records(reader: ReaderOfRequest, service: ServiceOfRequest, ask
 async def answer_picture(
     reader: ReaderOfRequest,
     service: ServiceOfRequest,
-    asked: Annotated[schemas.SearchFields, Query()],
+    asked: Annotated[schemas.PictureParameters, Query()],
     picture: Annotated[UploadFile, File(description="PNG, JPEG, GIF, WebP or BMP.")],
 ) -> Any:
     """Return the proponents and opponents of a picture."""

@@ -75,7 +75,17 @@ class SearchFields(Filters):
         )
 
 
-class AnswerParameters(SearchFields):
+class Continuation(Request):
+    """The query parameter that every route has, see `dependencies.open_reader`."""
+
+    generation: int | None = Field(None, ge=0, description="The generation of the index that the request continues.")
+
+
+class PictureParameters(SearchFields, Continuation):
+    """The query parameters of `POST /answers/picture`."""
+
+
+class AnswerParameters(SearchFields, Continuation):
     """The query parameters of `GET /answers`."""
 
     side: StoredSide = Field("query", description="The data set of the queries.")
@@ -89,6 +99,7 @@ class ExampleQuery(SearchFields):
     """Queries that are not in the index: records for the task's `read_query`, such as `{"text": "a fine film"}`."""
 
     records: list[dict[str, Any]] = Field(min_length=1)
+    first: int = Field(0, ge=0, description="The number of the first record in messages.")
     together: bool = Field(False, description="One answer, to the mean of the gradients of the queries.")
 
 
@@ -121,8 +132,8 @@ class ExactJob(Filters):
         return ComputeExactAnswers(self.side, tuple(self.rows), options)
 
 
-class ExplanationParameters(Request):
-    """What is explained: the query parameters of `GET /explanations`."""
+class ExplanationFields(Request):
+    """What is explained."""
 
     row: int = Field(description="The position of the training row.")
     query: int = Field(description="The position of the query.")
@@ -139,7 +150,11 @@ class ExplanationParameters(Request):
         return ExplainScore(self.row, self.query, self.side, "token" if self.by_token else "layer", options)
 
 
-class ExplanationJob(ExplanationParameters):
+class ExplanationParameters(ExplanationFields, Continuation):
+    """The query parameters of `GET /explanations`."""
+
+
+class ExplanationJob(ExplanationFields):
     """The parts of the exact score of a training row for a query, by parameter or token, and checkpoint."""
 
     kind: Literal["explanation"]

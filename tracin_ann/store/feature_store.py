@@ -31,7 +31,7 @@ Number = TypeVar("Number", np.float32, np.float64)
 _MOST_OPEN_FILES = 8192
 """Each is one memory map, of which a process may have 65,530 on Linux."""
 _MOST_OPEN_ROWS = 2**27
-"""Rows of all open files, 23 bytes each: at most 3.1 GB."""
+"""Rows of all open files, 24 bytes each: at most 3.2 GB."""
 _FEW_ROWS = 512
 """Up to this many rows, `take` copies each row by itself if files are not joined; more are grouped by file."""
 _TAKEN_BYTES = 1 << 26
