@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tracin_ann.operations import BuildPlan, plan
     from tracin_ann.progress import progress_bar
     from tracin_ann.report import write_report
-    from tracin_ann.scoring import Answer, Hit, QueryOptions, SelfInfluence
+    from tracin_ann.results import Answer, Hit, SelfInfluence
+    from tracin_ann.scoring import QueryOptions
     from tracin_ann.task import (
         Checkpoint,
         Description,
@@ -77,7 +78,8 @@ _HOMES = {
     "operations": ("BuildPlan", "plan"),
     "progress": ("progress_bar",),
     "report": ("write_report",),
-    "scoring": ("Answer", "Hit", "QueryOptions", "SelfInfluence"),
+    "results": ("Answer", "Hit", "SelfInfluence"),
+    "scoring": ("QueryOptions",),
     "task": (
         "Checkpoint",
         "Description",

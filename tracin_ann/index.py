@@ -27,18 +27,14 @@ from tracin_ann.distributed import (
 )
 from tracin_ann.errors import UnknownRowError, UsageError, problem
 from tracin_ann.features import IndexTask, RunOptions, TaskRunner, check_spec, load_index_task
+from tracin_ann.results import Answer, Answers, Id, RankedRows, SelfInfluence
 from tracin_ann.scoring import (
-    Answer,
-    Answers,
     ExactProgress,
-    Id,
     QueryOptions,
     QueryRequest,
-    RankedRows,
     Ranker,
     Score,
     ScoreMaker,
-    SelfInfluence,
     exact_self_influence,
     open_score_maker,
     require_token_losses,

@@ -30,15 +30,8 @@ from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import TaskError, UsageError
 from tracin_ann.features import RunOptions, TaskRunner
 from tracin_ann.gradients import DIFFERENTIATE
-from tracin_ann.scoring import (
-    HITS,
-    TokenSplitter,
-    choose_fields,
-    compute_full_gradients,
-    match_tokens,
-    select_direction,
-    tokens,
-)
+from tracin_ann.results import HITS, choose_fields, match_tokens
+from tracin_ann.scoring import TokenSplitter, compute_full_gradients, select_direction, tokens
 from tracin_ann.scoring.exact import exact_scores
 
 RATES = (0.3, 0.05)

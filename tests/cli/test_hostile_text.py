@@ -16,7 +16,7 @@ from tasks.own_ids import QUERIES, N, make_numbered_rows
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.info import main as info_command
 from tracin_ann.cli.query import main as query_command
-from tracin_ann.scoring.formats import guard_formula
+from tracin_ann.results.formats import guard_formula
 from tracin_ann.store.arrays import read_arrays
 from tracin_ann.store.generations import generation_folder
 from tracin_ann.store.manifest import FORMAT, Manifest, content_digest

@@ -129,7 +129,7 @@ def test_open_descriptors_are_written_to(hostile_folder: Path, tmp_path: Path) -
 WRITES = """
 import sys, time
 from pathlib import Path
-from tracin_ann.scoring.formats import Fields, open_writer
+from tracin_ann.results.formats import Fields, open_writer
 with open_writer("csv", Path(sys.argv[1]), Fields((("id", "id"),))) as write:
     write([{"id": 1}])
     print("written", flush=True)

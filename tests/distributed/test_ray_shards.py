@@ -16,7 +16,7 @@ from test_shard_search import EXACT, OPTIONS, open_named, strip, workers
 from shard_folder import QUERIES
 from tracin_ann import InfluenceIndex, RayLauncher
 from tracin_ann.cli.query import main
-from tracin_ann.scoring import Answer
+from tracin_ann.results import Answer
 
 pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'tracin-ann[ray]'")

@@ -31,7 +31,8 @@ from tracin_ann.distributed.service import ServiceProcess
 from tracin_ann.distributed.service_group import NoReplyError, ServiceGroup
 from tracin_ann.errors import DamagedIndexError, UsageError, WorkerError
 from tracin_ann.features import compatibility
-from tracin_ann.scoring import Answer, Coverage, ranking
+from tracin_ann.results import Answer
+from tracin_ann.scoring import Coverage, ranking
 from tracin_ann.search import ListQuery
 
 pytestmark = pytest.mark.xdist_group("shards")

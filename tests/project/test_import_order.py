@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"build", "build_job", "index", "config", "distributed"},
     {"scoring"},
     {"features"},
-    {"gradients", "sketch", "search", "store"},
+    {"gradients", "sketch", "search", "store", "results"},
     {"task"},
 ]
 # Modules below all floors: each may import those after it.

@@ -27,8 +27,8 @@ from tracin_ann.errors import MissingPackageError, TaskError, UsageError
 from tracin_ann.report.examples import infer_description
 from tracin_ann.report.images import EDGE, PageImages, to_pixels
 from tracin_ann.report.views import draw_bars
-from tracin_ann.scoring.formats import Fields
-from tracin_ann.scoring.results import Answers, RankedRows, RowList
+from tracin_ann.results.formats import Fields
+from tracin_ann.results.lists import Answers, RankedRows, RowList
 
 N, QUERIES = 24, 6
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"

@@ -27,7 +27,8 @@ from tracin_ann.errors import NonFiniteError, UsageError
 from tracin_ann.features import LoadedModel, RunOptions, TaskRunner
 from tracin_ann.gradients import materialise
 from tracin_ann.operations import remove
-from tracin_ann.scoring import Answers, ekfac, exact_preconditioning, gram
+from tracin_ann.results import Answers
+from tracin_ann.scoring import ekfac, exact_preconditioning, gram
 from tracin_ann.scoring.computation import run_steps
 from tracin_ann.scoring.ekfac import fit_ekfac
 from tracin_ann.scoring.exact import compute_full_gradients

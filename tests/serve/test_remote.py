@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +21,12 @@ from PIL import Image
 
 from explorer import N_TRAIN, Place, build_place, listen, read_query
 from invocation import run
+from paths import ROOT
 from tracin_ann import InfluenceIndex, QueryOptions
 from tracin_ann.cli.query import main
 from tracin_ann.cli.remote import _Questions
 from tracin_ann.cli.table import print_results
-from tracin_ann.scoring import Answer, Answers, open_writer
+from tracin_ann.results import Answer, Answers, open_writer
 from tracin_ann.serve import Settings, create_app
 from tracin_ann.store import RowFilter
 
@@ -304,6 +308,16 @@ def test_requests_of_one_command_read_one_generation(tmp_path: Path, monkeypatch
             1, address, "--ids", "0-3", printed=2
         )
         assert len(ask(address, "--ids", "0-3")) == 4
+
+
+def test_torch_is_not_imported(address: str) -> None:
+    words = [address, "--ids", "0", "--text", "one"]
+    code = f"import sys; from tracin_ann.cli.query import main; main({words}, standalone_mode=False); "
+    code += "print(sorted({'torch', 'faiss', 'tracin_ann.scoring'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "input one/3" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_no_server(address: str) -> None:

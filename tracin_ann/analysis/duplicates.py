@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Fields, Id, Record, RowList
+from tracin_ann.results import Describe, Fields, Id, Record, RowList
 from tracin_ann.store import FeatureView, RowFilter
 from tracin_ann.types import Float64, Int64, ProgressCallback, ignore_progress
 

@@ -19,16 +19,12 @@ from tracin_ann.choices import CURVATURES, ScoreName, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
+from tracin_ann.results import Describe, Fields, Record, RowList, parts_figure
 from tracin_ann.scoring import (
-    Describe,
     DirectionMap,
     Directions,
-    Fields,
     QueryOptions,
-    Record,
-    RowList,
     TokenSplitter,
-    parts_figure,
     report_part,
     require_token_losses,
     scale_in_place,

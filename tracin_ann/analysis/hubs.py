@@ -17,7 +17,8 @@ import numpy as np
 from tracin_ann.choices import SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Answer, Describe, Fields, Id, QueryOptions, Record, RowList, counts_figure
+from tracin_ann.results import Answer, Describe, Fields, Id, Record, RowList, counts_figure
+from tracin_ann.scoring import QueryOptions
 from tracin_ann.types import Int64, ProgressCallback
 
 _LOT = 512

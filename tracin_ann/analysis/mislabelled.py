@@ -32,7 +32,7 @@ import numpy.typing as npt
 from tracin_ann.choices import ScoreName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Fields, Id, RankedRows, Record, RowList
+from tracin_ann.results import Describe, Fields, Id, RankedRows, Record, RowList
 from tracin_ann.search import FlatIndex, Subset
 from tracin_ann.store import RowFilter
 from tracin_ann.types import Float32, Float64, Int64, ProgressCallback, ignore_progress

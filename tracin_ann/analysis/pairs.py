@@ -13,7 +13,8 @@ from tracin_ann.choices import SIDE_NAMES, SideName
 from tracin_ann.errors import NonFiniteError, UsageError, problem
 from tracin_ann.features import LoadedModel
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Directions, Id, QueryOptions, Score, compute_full_gradients
+from tracin_ann.results import Describe, Id
+from tracin_ann.scoring import Directions, QueryOptions, Score, compute_full_gradients
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import numpy as np
 from tracin_ann.choices import ScoreName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Fields, Id, QueryOptions, Record, RowList
+from tracin_ann.results import Fields, Id, Record, RowList
+from tracin_ann.scoring import QueryOptions
 from tracin_ann.search import FlatIndex, scale_to_unit
 from tracin_ann.store import RowFilter
 from tracin_ann.types import Float32, Int64, ProgressCallback

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tracin_ann.analysis.pairs import Pair
 from tracin_ann.choices import SideName
-from tracin_ann.scoring import Describe, Fields, Record, RowList, make_token_texts, match_tokens
+from tracin_ann.results import Describe, Fields, Record, RowList, make_token_texts, match_tokens
 from tracin_ann.types import Float64
 
 ExampleName = Literal["row", "query"]

@@ -180,7 +180,7 @@ def _print_token_tables(explanation: TokenExplanation) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from tracin_ann.scoring import join_lines
+    from tracin_ann.results import join_lines
 
     console, pair = Console(highlight=False), explanation.pair
     titles = {"row": f"row {pair.id}", "query": f"{pair.side} {pair.query}"}

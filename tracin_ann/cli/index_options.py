@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tracin_ann.choices import ScoreName, SideName
     from tracin_ann.distributed import ServiceLauncher, ShardOptions
     from tracin_ann.index import InfluenceIndex
-    from tracin_ann.scoring import Id
+    from tracin_ann.results import Id
     from tracin_ann.store import RowFilter
 
 Function = Callable[..., Any]
@@ -84,9 +84,12 @@ def choose_score(options: Options) -> ScoreName | None:
     Raises:
         UsageError: they name two scores.
     """
-    from tracin_ann.scoring import QueryOptions
-
-    return QueryOptions(score=options["score"], cosine=bool(options["cosine"])).score
+    score, cosine = options["score"], bool(options["cosine"])
+    if cosine and score not in (None, "cosine"):
+        # As `QueryOptions` says it, which imports torch.
+        got = f"--cosine and --score {score}"
+        raise UsageError(problem("two scores", got=got, expected="one", remedy="remove one"))
+    return "cosine" if cosine else score
 
 
 def filter_options(function: Function) -> Function:

@@ -19,7 +19,7 @@ from tracin_ann.text import format_size
 
 if TYPE_CHECKING:
     from tracin_ann.index import InfluenceIndex
-    from tracin_ann.scoring import Answers, Fields, RowList
+    from tracin_ann.results import Answers, Fields, RowList
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _CSV_RAW = "tracin_ann.csv_raw"
@@ -147,7 +147,7 @@ class Sink:
     @contextmanager
     def open(self, fields: Fields) -> Iterator[Callable[[Answers | RowList[Any]], None]]:
         """Yield a function that writes results; it may be called several times."""
-        from tracin_ann.scoring import open_writer
+        from tracin_ann.results import open_writer
 
         if self.form == "none":
             yield lambda results: None

@@ -37,7 +37,8 @@ from tracin_ann.errors import UsageError, problem
 if TYPE_CHECKING:
     from tracin_ann.choices import SideName
     from tracin_ann.index import InfluenceIndex
-    from tracin_ann.scoring import Answers, Fields, QueryOptions
+    from tracin_ann.results import Answers, Fields
+    from tracin_ann.scoring import QueryOptions
     from tracin_ann.types import ProgressCallback
 
 _MAX_SHOWN = 8
@@ -171,7 +172,8 @@ def _reject_unused_options(options: Mapping[str, object]) -> None:
 
 def _write_answers(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
     """Answer the queries, write the answers and print a summary."""
-    from tracin_ann.scoring import Answers, QueryOptions, choose_fields
+    from tracin_ann.results import Answers, choose_fields
+    from tracin_ann.scoring import QueryOptions
 
     sides: dict[str, SideName] = {"ids": "query", "train_ids": "train", "against": "query"}
     rows = {name: resolve_positions(index, side, options[name], options) for name, side in sides.items()}  # type: ignore[arg-type]

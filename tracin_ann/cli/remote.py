@@ -1,7 +1,7 @@
 """Queries that a running `tracin-serve` answers: its address takes the place of the directory of an index.
 
 The server has the index and the model in memory, so a query takes no longer than its answer, and this process imports
-neither the task nor its libraries.
+neither torch nor the task.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ import click
 
 from tracin_ann.choices import CURVATURES
 from tracin_ann.cli.command import find_given_options
-from tracin_ann.cli.imports import pause_collector
 from tracin_ann.cli.index_options import Options, choose_score
 from tracin_ann.cli.parameters import Positions
 from tracin_ann.cli.server_client import Json, ServerClient
 from tracin_ann.errors import TaskError, UsageError, problem
+from tracin_ann.results import Answer, Answers, Fields, choose_fields, parse_answer_line
 
 if TYPE_CHECKING:
     from tracin_ann.choices import SideName
-    from tracin_ann.scoring import Answer, Answers, Fields
 
 _SENT = ("k", "rerank", "search", "recall", "damping")
 """Options that are fields of the API with the same name."""
@@ -65,8 +64,6 @@ def ask_server(address: str, options: Options) -> Reply:
     """
     _reject_local_options(address, options)
     client = ServerClient(address, options["token"])
-    with pause_collector():
-        from tracin_ann.scoring import choose_fields
     questions = _Questions.describe(client, options)
     batches = questions.ask()
     first = next(batches)
@@ -280,8 +277,6 @@ class _Questions:
 
     def _read_answers(self, reply: Json, start: int, n_queries: int) -> Answers:
         """Return the answers of a reply; queries of the side `input` are counted from `start` on."""
-        from tracin_ann.scoring import Answers, parse_answer_line
-
         found: list[Answer] = []
         texts: dict[tuple[SideName, int], str] = {}
         with self.client.check_reply():

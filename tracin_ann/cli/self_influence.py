@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def write_self_influence(index: InfluenceIndex, options: Mapping[str, object], sink: Sink, html: str | None) -> None:
     """Write the training rows with the largest self-influence, by the options of `tracin-query`."""
-    from tracin_ann.scoring import RANKED
+    from tracin_ann.results import RANKED
 
     chosen = make_row_filter(index, options)
     with sink.open(RANKED) as write, show_progress("rows") as progress:

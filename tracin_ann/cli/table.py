@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tracin_ann.scoring import Answers, Hit, RowList, RowText, TokenTexts, format_cells, join_lines, match_tokens
+from tracin_ann.results import Answers, Hit, RowList, RowText, TokenTexts, format_cells, join_lines, match_tokens
 
 _MAX_TEXT, _GOOD_TEXT, _MIN_TEXT, _GAP = 48, 20, 8, 3
 """Widths of a text column: maximum, the width that detail columns are dropped for, minimum; and the gap of columns."""

@@ -19,7 +19,8 @@ from tracin_ann.evaluation.removal import draw_random_rows, find_top_rows, measu
 from tracin_ann.evaluation.retraining import Retraining
 from tracin_ann.evaluation.tail_patch import measure_tail_patch
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Describe, Fields, QueryOptions, Record, RowList
+from tracin_ann.results import Describe, Fields, Record, RowList
+from tracin_ann.scoring import QueryOptions
 from tracin_ann.types import Float64, Int64, ProgressCallback
 
 RANDOM, CEILING = "random", "ceiling"

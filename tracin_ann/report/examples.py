@@ -13,7 +13,7 @@ from tracin_ann.errors import UsageError
 from tracin_ann.features import TaskRunner
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.images import Images
-from tracin_ann.scoring import match_tokens
+from tracin_ann.results import match_tokens
 from tracin_ann.task import Description
 
 LABEL = "label"

@@ -14,7 +14,7 @@ import numpy as np
 
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.views import ScoredCheckpoints
-from tracin_ann.scoring import (
+from tracin_ann.results import (
     GREY,
     OPPONENT,
     PROPONENT,

@@ -26,7 +26,7 @@ from tracin_ann.report.figures import Figure, answer_figures, row_figures
 from tracin_ann.report.images import PageImages
 from tracin_ann.report.suspects import build_suspect_views, find_neighbours, has_rows, make_saved_records
 from tracin_ann.report.views import SIDES, ScoredCheckpoints, ViewBuilder, format_score
-from tracin_ann.scoring import Answer, Answers, RankedRows, RowList, format_cells, score_ranks_figure
+from tracin_ann.results import Answer, Answers, RankedRows, RowList, format_cells, score_ranks_figure
 from tracin_ann.task import preserve_globals
 from tracin_ann.text import escape_control, escape_json
 

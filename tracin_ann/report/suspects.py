@@ -15,7 +15,8 @@ from typing import Any
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.examples import LABEL, Examples, ExampleView, format_value
 from tracin_ann.report.views import HitList, LossView, ViewBuilder
-from tracin_ann.scoring import Answer, QueryOptions, RankedRows, Record, RowList
+from tracin_ann.results import Answer, RankedRows, Record, RowList
+from tracin_ann.scoring import QueryOptions
 
 NEIGHBOURS = 8
 """Most similar, and most opposed, rows of each row."""

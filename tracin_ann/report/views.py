@@ -16,7 +16,7 @@ from tracin_ann.choices import SideName
 from tracin_ann.features import TaskRunner
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report.examples import Examples, ExampleView
-from tracin_ann.scoring import Answer, Hit
+from tracin_ann.results import Answer, Hit
 from tracin_ann.types import Float64
 
 MOST_MEMBERS = 12

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from tracin_ann.choices import CURVATURES, SideName
 from tracin_ann.features import TaskRunner
-from tracin_ann.scoring.answers import Answer, Hit, Id, QueryOptions
+from tracin_ann.results import Answer, Hit, Id
 from tracin_ann.scoring.exact import ExactProgress, Queries, RowScorer, make_exact_scorer
+from tracin_ann.scoring.options import QueryOptions
 from tracin_ann.scoring.quality import compute_pair_deviations
 from tracin_ann.scoring.scores import QueryVectors, Score
 from tracin_ann.scoring.strategy import Strategy, choose_strategy

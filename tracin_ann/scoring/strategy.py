@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tracin_ann.choices import CURVATURES
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.scoring.answers import QueryOptions
+from tracin_ann.scoring.options import QueryOptions
 from tracin_ann.search import NAMES, CalibratedIndex, Calibration, Cost, FlatIndex, GpuScan, Point, SearchIndex
 from tracin_ann.store import IndexRecord
 from tracin_ann.types import Float32

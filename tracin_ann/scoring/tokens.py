@@ -12,7 +12,7 @@ Shapes: B batch, T positions, P parameters.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -249,17 +249,3 @@ def split_scores(scorer: ExactScorer, rows: Sequence[Sequence[int]]) -> list[lis
 def select_direction(directions: Directions, at: int) -> Directions:
     """Return one of several directions, [P] by parameter."""
     return {name: direction_QP[at].flatten() for name, direction_QP in directions.items()}
-
-
-def match_tokens(texts: Sequence[str] | None, parts: Iterable[float]) -> Iterator[tuple[str, float]]:
-    """Yield the text of each token and its part.
-
-    Positions without a text are named by their number; those at the end without a part are left out. A token without a
-    position has the part 0.
-    """
-    left, numbers = list(texts or ()), list(parts)
-    while len(numbers) > len(left) and not numbers[-1]:
-        numbers.pop()
-    for position in range(max(len(left), len(numbers))):
-        text = left[position] if position < len(left) else str(position)
-        yield text, numbers[position] if position < len(numbers) else 0.0

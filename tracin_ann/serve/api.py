@@ -10,7 +10,7 @@ from fastapi import APIRouter, File, Path, Query, UploadFile
 
 from tracin_ann.errors import TracinAnnError, UnknownRowError, UsageError, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import SCHEMA, Record
+from tracin_ann.results import SCHEMA, Record
 from tracin_ann.serve import schemas
 from tracin_ann.serve.dependencies import ReaderOfRequest, ServiceOfRequest
 from tracin_ann.serve.jobs import Job

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 
 from tracin_ann.choices import SideName
-from tracin_ann.scoring import Answer, Hit, Record
+from tracin_ann.results import Answer, Hit, Record
 from tracin_ann.text import escape_json
 
 RowText = Callable[[SideName, int], str]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from tracin_ann.errors import UsageError, problem
-from tracin_ann.scoring import Fields, Id, open_writer
+from tracin_ann.results import Fields, Id, open_writer
 from tracin_ann.text import escape_surrogates
 
 Verdict = Literal["keep", "relabel", "drop"]

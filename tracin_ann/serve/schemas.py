@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tracin_ann.analysis import By
 from tracin_ann.choices import ScoreName, Search
-from tracin_ann.scoring import SCHEMA, Id, QueryOptions
+from tracin_ann.results import SCHEMA, Id
+from tracin_ann.scoring import QueryOptions
 from tracin_ann.serve.work import (
     ComputeExactAnswers,
     ExplainScore,

@@ -29,7 +29,8 @@ from tracin_ann.choices import SideName
 from tracin_ann.distributed import ServiceLauncher, ShardOptions
 from tracin_ann.errors import TracinAnnError, UsageError, first_line, problem
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Answer, Answers, QueryOptions, Record, RowText
+from tracin_ann.results import Answer, Answers, Record, RowText
+from tracin_ann.scoring import QueryOptions
 from tracin_ann.serve.jobs import Job, Jobs
 from tracin_ann.serve.problems import BusyError, make_changed_error
 from tracin_ann.serve.settings import Settings

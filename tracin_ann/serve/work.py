@@ -19,7 +19,8 @@ from tracin_ann.analysis import (
 )
 from tracin_ann.choices import ScoreName, SideName
 from tracin_ann.index import InfluenceIndex
-from tracin_ann.scoring import Answer, Answers, QueryOptions, Record, RowList
+from tracin_ann.results import Answer, Answers, Record, RowList
+from tracin_ann.scoring import QueryOptions
 from tracin_ann.store import RowFilter
 from tracin_ann.types import ProgressCallback
 

@@ -10,7 +10,7 @@ from tracin_ann.choices import SCORES
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report import SIDES, Examples, ExampleView, format_score, has_wide_hits
-from tracin_ann.scoring import Answer, Hit, Id
+from tracin_ann.results import Answer, Hit, Id
 from tracin_ann.serve.pages.addresses import QueryForm, format_ranges, make_address, read_choice
 from tracin_ann.serve.pages.context import Asked, Context
 from tracin_ann.serve.pages.site import Reply

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report import Examples, ExampleView, Figure
-from tracin_ann.scoring import Answer
+from tracin_ann.results import Answer
 from tracin_ann.serve.decisions import Decisions
 from tracin_ann.serve.jobs import ENDED, Job
 from tracin_ann.serve.pages.addresses import Parameters, QueryForm, read_text

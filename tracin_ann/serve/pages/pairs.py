@@ -12,7 +12,7 @@ from tracin_ann.analysis import Explanation, Pair, TokenExplanation
 from tracin_ann.choices import SideName
 from tracin_ann.index import InfluenceIndex
 from tracin_ann.report import SIDES, Examples, ExampleView, Figure, ScoredCheckpoints, format_score
-from tracin_ann.scoring import parts_figure
+from tracin_ann.results import parts_figure
 from tracin_ann.serve.pages.addresses import QueryForm, make_address, name_query, read_choice, read_number
 from tracin_ann.serve.pages.context import Asked, Context, Progress, Wanted, link_figures
 from tracin_ann.serve.pages.site import Reply

@@ -19,7 +19,7 @@ from tracin_ann.report import (
     explain_score,
     has_wide_hits,
 )
-from tracin_ann.scoring import Answer, Answers, open_writer
+from tracin_ann.results import Answer, Answers, open_writer
 from tracin_ann.serve.attribution_lines import format_lines
 from tracin_ann.serve.pages.addresses import RERANKS, QueryForm, format_ranges, make_address, name_query
 from tracin_ann.serve.pages.context import LABEL, Asked, Context, Wanted, download, link_figures, redirect

@@ -25,7 +25,8 @@ from tracin_ann.report import (
     format_value,
     read_parts,
 )
-from tracin_ann.scoring import Id, QueryOptions
+from tracin_ann.results import Id
+from tracin_ann.scoring import QueryOptions
 from tracin_ann.serve.pages.addresses import make_address, read_text
 from tracin_ann.serve.pages.context import Asked, Context, RowCard, Wanted, redirect
 from tracin_ann.serve.pages.site import Reply

@@ -21,7 +21,7 @@ from tracin_ann.choices import SCORES, SIDE_NAMES, Format, SideName
 from tracin_ann.errors import UsageError, problem
 from tracin_ann.files import open_output
 from tracin_ann.packages import import_pyarrow, make_missing_package_error
-from tracin_ann.scoring.answers import Answer, Hit, Id
+from tracin_ann.results.answers import Answer, Hit, Id
 from tracin_ann.text import escape_control, escape_json, escape_surrogates
 
 T = TypeVar("T")

@@ -24,8 +24,8 @@ from tracin_ann import InfluenceIndex, QueryOptions, build
 from tracin_ann.choices import SCORES, SIDE_NAMES
 from tracin_ann.cli.query import main as query_command
 from tracin_ann.errors import TaskError, UsageError
-from tracin_ann.scoring import Answer, Hit
-from tracin_ann.scoring.formats import HITS, SCHEMA, Fields, answer_line, open_writer, parse_answer_line
+from tracin_ann.results import Answer, Hit
+from tracin_ann.results.formats import HITS, SCHEMA, Fields, answer_line, open_writer, parse_answer_line
 from tracin_ann.store.columns import RowFilter
 
 _IDS = st.integers(0, 2**60) | st.text(max_size=5)

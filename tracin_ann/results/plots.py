@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tracin_ann.errors import MissingPackageError, problem
-from tracin_ann.scoring.answers import Answer, SelfInfluence
+from tracin_ann.results.answers import Answer, SelfInfluence
 from tracin_ann.types import Float64, Int64
 
 PROPONENT, OPPONENT = "#1a73b5", "#c4501b"

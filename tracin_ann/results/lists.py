@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from tracin_ann.choices import SideName
-from tracin_ann.scoring.answers import Answer, SelfInfluence
-from tracin_ann.scoring.formats import (
+from tracin_ann.results.answers import Answer, SelfInfluence
+from tracin_ann.results.formats import (
     RANKED,
     Fields,
     Record,
@@ -21,12 +21,14 @@ from tracin_ann.scoring.formats import (
     to_frame,
     to_json_line,
 )
-from tracin_ann.scoring.plots import ranked_figure, scores_figure
-from tracin_ann.task import Description
+from tracin_ann.results.plots import ranked_figure, scores_figure
 from tracin_ann.text import escape_control
 
+if TYPE_CHECKING:
+    from tracin_ann.task import Description
+
 T = TypeVar("T")
-Describe = Callable[[SideName, int], Description | None]
+Describe: TypeAlias = "Callable[[SideName, int], Description | None]"
 TokenTexts = Callable[[SideName, int], Sequence[str] | None]
 _SHOWN = 20
 
@@ -160,6 +162,20 @@ def make_token_texts(describe: Describe) -> TokenTexts:
         return None if described is None or not described.tokens else [str(token) for token in described.tokens]
 
     return tokens
+
+
+def match_tokens(texts: Sequence[str] | None, parts: Iterable[float]) -> Iterator[tuple[str, float]]:
+    """Yield the text of each token and its part.
+
+    Positions without a text are named by their number; those at the end without a part are left out. A token without a
+    position has the part 0.
+    """
+    left, numbers = list(texts or ()), list(parts)
+    while len(numbers) > len(left) and not numbers[-1]:
+        numbers.pop()
+    for position in range(max(len(left), len(numbers))):
+        text = left[position] if position < len(left) else str(position)
+        yield text, numbers[position] if position < len(numbers) else 0.0
 
 
 def _render_answer(answer: Answer, texts: RowText) -> str:
