@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,17 +100,19 @@ class _Group:
     Attributes:
         name: the file that they are from, or `--text`; "" if they are from several.
         first: the position of the first one in it.
-        records: the records, or the bytes of a picture.
+        records: the records.
+        picture: the bytes of a picture, instead of records.
     """
 
     name: str
-    first: int
-    records: list[Json] | bytes
+    first: int = 0
+    records: list[Json] = field(default_factory=list)
+    picture: bytes | None = None
 
     @property
     def size(self) -> int:
         """Return the number of examples."""
-        return 1 if isinstance(self.records, bytes) else len(self.records)
+        return len(self.records) if self.picture is None else 1
 
 
 @dataclass(frozen=True)
@@ -219,21 +221,21 @@ class _Questions:
             used = sum(_measure(record, f"{place} of all records") for place, record in enumerate(records))
             _check_size("all records", used, most)
             if records:
-                yield _Group("", 0, records)
+                yield _Group("", records=records)
             return
         for name, part in self._list_parts():
             if isinstance(part, Path):
                 _check_size(name, part.stat().st_size, most)
-                yield _Group(name, 0, part.read_bytes())
+                yield _Group(name, picture=part.read_bytes())
                 continue
-            group, used = _Group(name, 0, []), 0
+            group, used = _Group(name), 0
             for place, record in enumerate(part):
                 size = _measure(record, f"{place} of {name}")
                 _check_size(f"record {place} of {name}", size, most)
                 if group.size == self._step or used + size > most:
                     yield group
-                    group, used = _Group(name, place, []), 0
-                group.records.append(record)  # type: ignore[union-attr]
+                    group, used = _Group(name, place), 0
+                group.records.append(record)
                 used += size
             if group.records:
                 yield group
@@ -260,11 +262,11 @@ class _Questions:
         return {"generation": self.about["generation"]}
 
     def _send_examples(self, group: _Group) -> Json:
-        fields, records = self._make_fields(), group.records
+        fields = self._make_fields()
         try:
-            if isinstance(records, bytes):
-                return self.client.upload("answers/picture", fields | self._same, records)
-            others = {"records": records, "first": group.first, "together": bool(self.options["together"])}
+            if group.picture is not None:
+                return self.client.upload("answers/picture", fields | self._same, group.picture)
+            others = {"records": group.records, "first": group.first, "together": bool(self.options["together"])}
             return self.client.post("answers", self._same, fields | others)
         except TaskError as error:
             raise type(error)(f"{group.name}: {error}" if group.name else str(error)) from error
