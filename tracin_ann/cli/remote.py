@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,12 +194,13 @@ class _Questions:
         Raises:
             UsageError: they are rows of two data sets, or pictures.
         """
-        if self.options["together"] and (n_sides > 1 or any(isinstance(part, Path) for _, part in self._list_parts())):
+        if self.options["together"] and (n_sides > 1 or any(isinstance(part, Path) for _, part in self._parts)):
             what, got = "a server takes the mean of rows of one data set, or of records", "others too"
             remedy = "leave out --together, or name the directory of the index"
             raise UsageError(problem(what, got=got, expected="--ids, --train-ids, or records", remedy=remedy))
 
-    def _list_parts(self) -> list[tuple[str, Path | Sequence[Json]]]:
+    @cached_property
+    def _parts(self) -> list[tuple[str, Path | Sequence[Json]]]:
         """Return the examples of `--input` and `--text` with their names: paths of pictures, and records."""
         parts: list[tuple[str, Path | Sequence[Json]]] = []
         if self.options["input"]:
@@ -214,16 +216,16 @@ class _Questions:
         Raises:
             UsageError: an example is larger than a request may be, or JSON cannot represent it.
         """
-        most = self.most_bytes - _OTHER_BYTES - len(json.dumps(self._make_fields()))
+        most = self.most_bytes - _OTHER_BYTES - len(json.dumps(self._fields))
         if self._is_single:
-            parts = [(name, part) for name, part in self._list_parts() if not isinstance(part, Path)]
+            parts = [(name, part) for name, part in self._parts if not isinstance(part, Path)]
             records = [record for _, part in parts for record in part]
             used = sum(_measure(record, f"{place} of all records") for place, record in enumerate(records))
             _check_size("all records", used, most)
             if records:
                 yield _Group("", records=records)
             return
-        for name, part in self._list_parts():
+        for name, part in self._parts:
             if isinstance(part, Path):
                 _check_size(name, part.stat().st_size, most)
                 yield _Group(name, picture=part.read_bytes())
@@ -245,7 +247,8 @@ class _Questions:
         named = self.options[name]
         return named.expand(self.n_rows[side], f"no such row in {side}_data") if isinstance(named, Positions) else named
 
-    def _make_fields(self) -> Json:
+    @cached_property
+    def _fields(self) -> Json:
         """Return the fields that all requests have."""
         only, without = self.options["only"], self.options["without"]
         return {name: self.options[name] for name in _SENT} | {
@@ -262,12 +265,11 @@ class _Questions:
         return {"generation": self.about["generation"]}
 
     def _send_examples(self, group: _Group) -> Json:
-        fields = self._make_fields()
         try:
             if group.picture is not None:
-                return self.client.upload("answers/picture", fields | self._same, group.picture)
+                return self.client.upload("answers/picture", self._fields | self._same, group.picture)
             others = {"records": group.records, "first": group.first, "together": bool(self.options["together"])}
-            return self.client.post("answers", self._same, fields | others)
+            return self.client.post("answers", self._same, self._fields | others)
         except TaskError as error:
             raise type(error)(f"{group.name}: {error}" if group.name else str(error)) from error
 
@@ -275,7 +277,7 @@ class _Questions:
         named = {"ids" if self.options["own_ids"] else "rows": members}
         against = self._list_rows("against", "query") if self.options["against"] else ()
         others = {"side": side, "together": self.options["together"], "against": against}
-        return self.client.get("answers", self._make_fields() | named | others | self._same)
+        return self.client.get("answers", self._fields | named | others | self._same)
 
     def _read_answers(self, reply: Json, start: int, n_queries: int) -> Answers:
         """Return the answers of a reply; queries of the side `input` are counted from `start` on."""

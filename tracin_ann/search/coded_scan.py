@@ -124,7 +124,7 @@ class CodedScan(RescoredIndex):
     name = "coded scan"
     OTHER_FILES = ("codes.npz", "codes.json")
     FILES = ("codes.faiss", *OTHER_FILES)
-    # The best 1,000 of 1,500 contain as many of the true ten as those of 2,000 or 3,000; see docs/design.md#codes.
+    # The best 1,000 of 1,500 contain as many of the true ten as those of 2,000 or 3,000; see docs/design.md#coded-scan.
     candidates_per_result = 1.5
     rescores_budget = True
 

@@ -8,8 +8,8 @@ float64 [N], `loss` float32 [N], and the checksums (xxh3_64, uint64): `row_check
 `block_checksum` of each block of `block_rows` rows, and `column_checksum` [1] of the header and all other datasets.
 
 Header and columns are verified when the file is opened. Consecutive rows are verified in blocks when they are first
-read. Rows that are selected by position are verified one by one whenever they are read, which takes ten times as long,
-except for those in verified blocks where rows of many files are read together (`tracin_ann.store.taking`).
+read. Rows that are selected by position are verified one by one, which takes ten times as long: when they are first
+read, if rows of many files are read together, and otherwise at every read (`tracin_ann.store.taking`).
 
 A row is skipped if its loss, gradient or squared norm is NaN or infinite. Its stored loss is not finite; its features
 and squared norm are zero.

@@ -20,6 +20,7 @@ from tracin_ann.store.stored_rows import ROW_INFO, StoredRows
 from tracin_ann.types import Float32, Int64
 
 _KEPT_BYTES = 16 << 20
+"""Memory for rows that each thread keeps."""
 
 
 def take_rows(files: Sequence[Sequence[FeatureFile]], positions: Sequence[int], *, unit: bool = False) -> Float32:
